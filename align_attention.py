@@ -1,0 +1,194 @@
+"""Stage 1 of ViT-AdaLA, attention alignment: each block's linear attention learns to output what softmax attention does.
+
+The frozen softmax teacher carries the residual stream. In every block the student's attention sees exactly the teacher's
+normalised input, and its query, key and value weights are tuned until its output matches the teacher's. No labels.
+
+    python align_attention.py                                                            # the demo, about a minute on CPU
+    python align_attention.py --weights vit_small_patch14_dinov2 --data photos/          # your own ViT and photos
+    python align_attention.py --weights ... --data ... --attention hedgehog --train maps # LoLCATS' stage 1
+
+Reads the teacher's weights and images; writes to --out: student.safetensors, log.jsonl (the loss of every block at every
+step) and report.json (the table that is printed at the end).
+"""
+import argparse
+import json
+import math
+import os
+import time
+
+import torch
+import torch.nn as nn
+from torch.utils.data import DataLoader, Dataset, RandomSampler
+from torchvision.transforms import v2
+from tqdm import tqdm
+
+from model import OPERATORS, InputError, load_pair, open_out, read_image, run, save_vit, unlabelled
+
+DEMO = dict(weights="demo/teacher.safetensors", size=64, steps=300, batch=64)
+HELD_OUT = 256                                # images behind the table: more do not change its second digit
+
+
+def parse(argv):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--weights", help="softmax ViT to linearize: .safetensors, .pth or a known name")
+    parser.add_argument("--teacher", help="softmax ViT to imitate (default: the one that --weights names or is)")
+    parser.add_argument("--attention", choices=OPERATORS, help="the student's operator (default: linear)")
+    parser.add_argument("--train", choices=("qkv", "maps"), default="qkv", help="maps: Hedgehog's only, as LoLCATS does")
+    parser.add_argument("--match", choices=("before", "after"), default="after", help="... the output projection")
+    parser.add_argument("--data", nargs="+", default=["demo"], help="folders of images, a torchvision set's name, or demo")
+    parser.add_argument("--size", type=int, default=224, help="pixels, a multiple of the patch")
+    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate (maps: 1e-2 is good)")
+    parser.add_argument("--out", default="runs/attention", help="folder for student, log and report")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="of autocast")
+    args = parser.parse_args(argv)
+    if args.data == ["demo"]:                 # inherited: what the demo needs, for flags that were not given
+        parser.set_defaults(**DEMO)
+        args = parser.parse_args(argv)
+        print("demo defaults:", *(f"--{key} {getattr(args, key)}" for key in DEMO))
+    if args.weights is None:
+        raise InputError("--weights is missing: with --data of your own, name the softmax ViT to linearize")
+    return args
+
+
+class Photos(Dataset):
+    """uint8 images (3, size, size) from paths or from a set whose items begin with an image; drawn ones stay as they are."""
+
+    def __init__(self, source, size, augment):
+        crop = [v2.RandomResizedCrop(size, scale=(0.35, 1), antialias=True), v2.RandomHorizontalFlip()]
+        whole = [v2.Resize(size, antialias=True), v2.CenterCrop(size)]
+        self.source, self.transform = source, v2.Compose([v2.ToImage(), *(crop if augment else whole)])
+
+    def __len__(self):
+        return len(self.source)
+
+    def __getitem__(self, i):
+        item = self.source[i]
+        image = item[0] if isinstance(item, tuple) else read_image(item)
+        return image if isinstance(image, torch.Tensor) else self.transform(image)
+
+
+def block_alignment(teacher, student, x, grid, match):
+    """One block of stage 1 (Fig. 4, left): the same input for both attentions, the teacher's output carried on.
+
+    teacher, student: Block. x (B, N, C), the teacher's residual stream. Returns (x after the teacher's block, loss).
+    The loss is the squared error of the attention output, over that of attending to all tokens alike (the mean of V):
+    0 is softmax itself, 1 is blind to the query. Paper: squared error; here: divided, so that all blocks weigh the same.
+    """
+    with torch.no_grad():
+        h = teacher.norm1(x)
+        q, k, v = teacher.attn.project(h)                               # each (B,H,N,D)
+        target = teacher.attn.attend(q, k, v, grid)                     # (B,N,C)
+        uniform = v.mean(2).flatten(1).unsqueeze(1)                     # (B,H,N,D) -> (B,H,D) -> (B,1,C)
+        projected = teacher.attn.proj(target)
+        x = x + teacher.ls1(projected)
+        x = x + teacher.ls2(teacher.mlp(teacher.norm2(x)))
+        if match == "after":
+            target, uniform = projected, teacher.attn.proj(uniform)
+    output = student.attn.attend(*student.attn.project(h), grid)        # (B,N,C)
+    if match == "after":
+        output = student.attn.proj(output)
+    target = target.float()
+    return x, (output.float() - target).square().sum() / (uniform.float() - target).square().sum()
+
+
+def alignment_step(teacher, student, images, match, dtype=torch.float32, align=block_alignment, backward=None):
+    """All blocks on one batch of uint8 images (B, 3, H, W), autocast to `dtype` -> the blocks' losses (depth,).
+
+    `backward` is called on each block's loss at once: only one block's activations are ever held.
+    """
+    losses, autocast = [], torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32)
+    with torch.no_grad(), autocast:
+        x, grid = teacher.embed(teacher.normalize(images))
+    for teacher_block, student_block in zip(teacher.blocks, student.blocks):
+        with autocast:
+            x, loss = align(teacher_block, student_block, x, grid, match)
+        if backward:
+            backward(loss)
+        losses.append(loss.detach())
+    return torch.stack(losses)
+
+
+def trained_parameters(student, train):
+    """Freeze everything but the query, key and value weights (or LoLCATS' feature maps); return what is left, by block."""
+    if train == "maps" and student.attention != "hedgehog":
+        raise InputError(f"--train maps trains Hedgehog's feature maps: expected --attention hedgehog, found {student.attention}")
+    student.requires_grad_(False)
+    for block in student.blocks:
+        for module in ([block.attn.qkv] if train == "qkv" else [block.attn.map_q, block.attn.map_k]):
+            module.requires_grad_(True)
+    return [[p for p in block.parameters() if p.requires_grad] for block in student.blocks]
+
+
+def main(argv=None):
+    args = parse(argv)
+    torch.manual_seed(args.seed)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    best = ("bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16") if device == "cuda" else "float32"
+    dtype = getattr(torch, best if args.dtype == "auto" else args.dtype)
+    scaler = torch.amp.GradScaler(device, enabled=dtype == torch.float16)
+
+    teacher, student, origin = load_pair(args.weights, args.teacher, args.attention)
+    teacher.grid(args.size, args.size)
+    by_block = trained_parameters(student, args.train)
+    parameters = [p for block in by_block for p in block]
+    source, held_out = unlabelled(args.data)
+    out = open_out(args.out, student)
+    teacher, student = teacher.to(device).requires_grad_(False), student.to(device).train()
+    print(f"student: {student.attention} attention, training {sum(p.numel() for p in parameters) / 1e6:.2f} M "
+          f"of {sum(p.numel() for p in student.parameters()) / 1e6:.2f} M parameters on {len(source)} images, {device}, {dtype}")
+
+    workers = min(8, os.cpu_count() or 1) if device == "cuda" else 0
+    draws = torch.Generator().manual_seed(args.seed)
+    photos = Photos(source, args.size, augment=True)
+    loader = DataLoader(photos, args.batch, num_workers=workers, pin_memory=device == "cuda", generator=draws,
+                        sampler=RandomSampler(photos, num_samples=args.steps * args.batch, generator=draws))
+    held_out = torch.utils.data.Subset(Photos(held_out, args.size, augment=False), range(0, len(held_out), max(1, len(held_out) // HELD_OUT)))
+    held_out = DataLoader(held_out, args.batch, num_workers=workers)
+    optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0)   # the weights must stay near the teacher's
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=args.steps + 1, pct_start=0.1, cycle_momentum=False)
+    align = torch.compile(block_alignment, fullgraph=True) if device == "cuda" else block_alignment
+
+    @torch.no_grad()
+    def relative_error():
+        """Held-out error of each block's attention output: root of the loss, so 1 is the mean of V."""
+        losses = [alignment_step(teacher, student, images.to(device), args.match, dtype) for images in held_out]
+        return torch.stack(losses).mean(0).sqrt().tolist()
+
+    before, start = relative_error(), time.perf_counter()
+    with open(out / "log.jsonl", "w") as log, tqdm(total=args.steps * args.batch, unit="img", mininterval=1) as bar:
+        for step, images in enumerate(loader, 1):
+            images = images.to(device, non_blocking=True)
+            losses = alignment_step(teacher, student, images, args.match, dtype, align,
+                                    backward=lambda loss: scaler.scale(loss).backward()).tolist()
+            for block, loss in enumerate(losses):
+                if not math.isfinite(loss):
+                    raise InputError(f"the loss of block {block} is {loss} at step {step}: try a lower --lr than {args.lr}")
+            scaler.unscale_(optimizer)
+            for block in by_block:            # clipped apart: the blocks share nothing
+                nn.utils.clip_grad_norm_(block, 1.0)
+            scaler.step(optimizer)
+            scaler.update()
+            rate = schedule.get_last_lr()[0]
+            schedule.step()
+            optimizer.zero_grad()
+            log.write(json.dumps({"step": step, "loss": sum(losses) / len(losses), "lr": rate, "blocks": losses,
+                                  "seconds": round(time.perf_counter() - start, 2)}) + "\n")
+            bar.update(len(images))
+            bar.set_postfix(loss=f"{sum(losses) / len(losses):.4f}", lr=f"{rate:.1e}")
+    seconds, after = time.perf_counter() - start, relative_error()
+
+    print(f"\nheld-out relative error of the attention output, {args.match} the output projection (1 = mean of V)\nblock  before  after")
+    for block, (old, new) in enumerate(zip(before, after)):
+        print(f"{block:5d}  {old:6.3f}  {new:5.3f}")
+    print(f" mean  {sum(before) / len(before):6.3f}  {sum(after) / len(after):5.3f}   {args.steps} steps in {seconds:.0f} s")
+    facts = dict(stage="attention", teacher=origin, training=vars(args))
+    save_vit(student, out / "student.safetensors", **facts)
+    (out / "report.json").write_text(json.dumps(facts | dict(before=before, after=after, seconds=seconds), indent=1))
+    print(f"wrote {out / 'student.safetensors'}")
+
+
+if __name__ == "__main__":
+    run(main)
