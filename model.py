@@ -33,7 +33,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torchvision import datasets
 
 
@@ -443,7 +443,7 @@ def save_vit(model, path, head=None, **facts):
     partial_file = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, partial_file, metadata={"adala": json.dumps(header)})
+        partial_file.write_bytes(save(tensors, metadata={"adala": json.dumps(header)}))   # save_file would set mode 600
         os.replace(partial_file, path)
     except (OSError, SafetensorError) as error:
         raise InputError(f"{path} could not be written ({error}): what was there before is untouched") from None
