@@ -25,6 +25,7 @@ from tqdm import tqdm
 from model import OPERATORS, InputError, load_pair, open_out, read_image, run, save_vit, unlabelled
 
 DEMO = dict(weights="demo/teacher.safetensors", size=64, steps=300, batch=64)
+START = -4.0                                  # added to query and key biases, see exponential_start
 HELD_OUT = 256                                # images behind the table: more do not change its second digit
 
 
@@ -48,6 +49,8 @@ def parse(argv):
         parser.set_defaults(**DEMO)
         args = parser.parse_args(argv)
         print("demo defaults:", *(f"--{key} {getattr(args, key)}" for key in DEMO))
+    if min(args.steps, args.batch) < 1:
+        raise InputError(f"--steps {args.steps} --batch {args.batch}: expected 1 or more of each")
     if args.weights is None:
         raise InputError("--weights is missing: with --data of your own, name the softmax ViT to linearize")
     return args
@@ -111,6 +114,20 @@ def alignment_step(teacher, student, images, match, dtype=torch.float32, align=b
     return torch.stack(losses)
 
 
+@torch.no_grad()
+def exponential_start(student):
+    """Lower the query and key biases, once, before training: phi(x) = 1 + ELU(x) is exp(x) below 0 and linear above.
+
+    Softmax weights are products of exponentials; the common factor exp(START) cancels in the normaliser, and the linear
+    part still bounds outliers. Paper: no word of the scale of phi; here: this start, which needs no new tensor and costs
+    nothing, lowers the held-out error from 0.49 to 0.44 (README, "What helped").
+    """
+    for block in student.blocks:
+        q, k, _ = block.attn.qkv.bias.chunk(3)
+        q += START
+        k += START
+
+
 def trained_parameters(student, train):
     """Freeze everything but the query, key and value weights (or LoLCATS' feature maps); return what is left, by block."""
     if train == "maps" and student.attention != "hedgehog":
@@ -132,6 +149,8 @@ def main(argv=None):
 
     teacher, student, origin = load_pair(args.weights, args.teacher, args.attention)
     teacher.grid(args.size, args.size)
+    if student.attention == "linear" and "stage" not in student.facts:      # fresh from a softmax file, not resumed
+        exponential_start(student)
     by_block = trained_parameters(student, args.train)
     parameters = [p for block in by_block for p in block]
     source, held_out = unlabelled(args.data)
@@ -148,7 +167,7 @@ def main(argv=None):
     held_out = torch.utils.data.Subset(Photos(held_out, args.size, augment=False), range(0, len(held_out), max(1, len(held_out) // HELD_OUT)))
     held_out = DataLoader(held_out, args.batch, num_workers=workers)
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0)   # the weights must stay near the teacher's
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=args.steps + 1, pct_start=0.1, cycle_momentum=False)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=max(args.steps, 10) + 1, pct_start=0.1, cycle_momentum=False)
     align = torch.compile(block_alignment, fullgraph=True) if device == "cuda" else block_alignment
 
     @torch.no_grad()

@@ -49,6 +49,8 @@ def parse(argv):
         parser.set_defaults(**DEMO)
         args = parser.parse_args(argv)
         print("demo defaults:", *(f"--{key} {getattr(args, key)}" for key in DEMO))
+    if min(args.steps, args.batch) < 1:
+        raise InputError(f"--steps {args.steps} --batch {args.batch}: expected 1 or more of each")
     if args.weights is None:
         raise InputError("--weights is missing: with --data of your own, name stage 1's student (or a softmax ViT)")
     return args
@@ -133,7 +135,7 @@ def main(argv=None):
     scaler = torch.amp.GradScaler(device, enabled=dtype == torch.float16)
 
     teacher, student, origin = load_pair(args.weights, args.teacher, args.attention)
-    stage = "attention+features" if student.facts.get("stage") == "attention" else "features"
+    stage = "attention+features" if student.facts.get("stage", "").startswith("attention") else "features"
     teacher.grid(args.size, args.size)
     source, held_out = unlabelled(args.data)
     out = open_out(args.out, student)
@@ -149,7 +151,7 @@ def main(argv=None):
     held_out = torch.utils.data.Subset(Photos(held_out, args.size, augment=False), range(0, len(held_out), max(1, len(held_out) // HELD_OUT)))
     held_out = DataLoader(held_out, args.batch, num_workers=workers)
     optimizer = torch.optim.AdamW(student.parameters(), lr=args.lr, weight_decay=0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=args.steps + 1, pct_start=0.1, cycle_momentum=False)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=max(args.steps, 10) + 1, pct_start=0.1, cycle_momentum=False)
     align = torch.compile(feature_alignment, fullgraph=True) if device == "cuda" else feature_alignment
 
     before, start = compare(teacher, student.eval(), held_out, dtype, device), time.perf_counter()

@@ -64,6 +64,8 @@ def parse(argv):
         args = parser.parse_args(argv)
         print("demo defaults:", *(f"--{key} {getattr(args, key)}" for key in DEMO), "--freeze" * args.freeze,
               "--weights", *args.weights)
+    if min(args.steps, args.batch) < 1:
+        raise InputError(f"--steps {args.steps} --batch {args.batch}: expected 1 or more of each")
     if args.weights is None:
         raise InputError("--weights is missing: with --data of your own, name the files to fine-tune")
     if args.freeze and args.from_scratch:
@@ -110,11 +112,12 @@ def pairs(folder):
         mask = Path(folder, "masks", image.relative_to(Path(folder, "images"))).with_suffix(".png")
         try:
             with Image.open(image) as photo, Image.open(mask) as truth:
-                if truth.mode not in ("L", "P") or truth.size != photo.size:
-                    raise InputError(f"{mask} is no mask of {image}: expected 8 bits a pixel and size {photo.size}, "
+                size = photo.size[::-1] if photo.getexif().get(0x0112, 1) > 4 else photo.size   # lying on its side, by EXIF
+                if truth.mode not in ("L", "P") or truth.size != size:
+                    raise InputError(f"{mask} is no mask of {image}: expected 8 bits a pixel and size {size}, "
                                      f"found mode {truth.mode} and size {truth.size}")
                 highest = max([highest, *(value for value, count in enumerate(truth.histogram()[:IGNORE]) if count)])
-        except OSError as error:
+        except (OSError, SyntaxError, ValueError) as error:
             raise InputError(f"{mask} is not a readable mask: {error}") from None
         found.append((image, mask))
     return found, highest + 1
@@ -272,9 +275,10 @@ def main(argv=None):
     rows, guesses, log = [], [], open(out / "log.jsonl", "w", buffering=1)
 
     for i, spec in enumerate(args.weights):
-        torch.manual_seed(args.seed)
         torch.compiler.reset()                                          # each row compiles anew
+        torch.manual_seed(args.seed)
         vit, stage = load_backbone(spec, args.from_scratch)
+        torch.manual_seed(args.seed)                                    # the same head for each row
         vit, head = vit.to(device), make_head(vit.arch, args.task, len(classes)).to(device)
         start, data = time.perf_counter(), (train_set, val_set)
         if args.freeze:
@@ -300,7 +304,7 @@ def main(argv=None):
         if not args.freeze:
             groups.append(dict(params=list(vit.train().parameters()), lr=args.lr))
         optimizer = torch.optim.AdamW(groups, weight_decay=0.01)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, [g["lr"] for g in groups], total_steps=args.steps + 1,
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, [g["lr"] for g in groups], total_steps=max(args.steps, 10) + 1,
                                                        pct_start=0.1, cycle_momentum=False)
         scaler = torch.amp.GradScaler(device, enabled=dtype == torch.float16)
         loss_of = torch.compile(task_loss, fullgraph=True) if device == "cuda" else task_loss

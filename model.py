@@ -19,11 +19,9 @@ import hashlib
 import json
 import math
 import os
-import pickle
 import shutil
 import sys
 import urllib.error
-import zipfile
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -74,7 +72,8 @@ def linear_attention(q, k, v, phi=elu_plus_one):
         q, k, v = phi(q.to(work)), phi(k.to(work)), v.to(work)
         k_sum = k.sum(-2, keepdim=True, dtype=wide)                     # (B,H,1,D)
         total = (q * k_sum).sum(-1, keepdim=True)                       # (B,H,N,1), the normaliser of each query
-        q = (q / total.clamp_min(torch.finfo(wide).tiny)).to(work)      # 0, not NaN, where no feature is active (relu)
+        total = total.masked_fill(total < torch.finfo(wide).tiny, 1)    # relu: no feature active gives 0, not NaN
+        q = (q / total).to(work)
         kv = k.transpose(-2, -1) @ v                                    # (B,H,D,N) @ (B,H,N,D) -> (B,H,D,D)
         return (q @ kv).to(dtype)                                       # (B,H,N,D) @ (B,H,D,D) -> (B,H,N,D)
 
@@ -340,14 +339,13 @@ def read_weights(path):
         tensors = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise InputError(f"{path}: no such weight file") from None
-    except (OSError, SafetensorError, RuntimeError, EOFError, ValueError, KeyError,
-            pickle.UnpicklingError, zipfile.BadZipFile) as error:
+    except Exception as error:                                          # junk makes the readers raise nearly anything
         reason = (str(error).splitlines() or [type(error).__name__])[0][:160]
         raise InputError(f"{path} cannot be read as a weight file, it is cut, damaged or of another kind: {reason}") from None
     for key in ("model", "state_dict", "teacher"):                      # DeiT, DINO and others wrap their tensors
         tensors = tensors[key] if isinstance(tensors, dict) and isinstance(tensors.get(key), dict) else tensors
-    if not isinstance(tensors, dict) or not all(isinstance(t, torch.Tensor) for t in tensors.values()):
-        raise InputError(f"{path} holds no dictionary of tensors, as a weight file should")
+    if not isinstance(tensors, dict) or not all(isinstance(k, str) and isinstance(t, torch.Tensor) for k, t in tensors.items()):
+        raise InputError(f"{path} holds no dictionary of tensors by name, as a weight file should")
     return tensors, {}
 
 
@@ -356,6 +354,8 @@ def architecture_of(tensors, path):
     need = ("patch_embed.proj.weight", "pos_embed", "blocks.0.mlp.fc1.weight", "norm.weight")
     if missing := [name for name in need if name not in tensors]:
         raise InputError(f"{path} holds no Vision Transformer that is known here: it lacks {', '.join(missing)}")
+    if (found := [tensors[name].dim() for name in need]) != [4, 3, 2, 1]:
+        raise InputError(f"{path}: {', '.join(need)} have {found} axes, expected [4, 3, 2, 1]")
     width, _, patch, _ = tensors["patch_embed.proj.weight"].shape
     cls, rows = "cls_token" in tensors, tensors["pos_embed"].shape[1]
     side = math.isqrt(rows)
@@ -391,12 +391,12 @@ def load_vit(path_or_name, attention=None):
     if skipped and not header:
         print(f"{path}: skipped on purpose: {', '.join(skipped)}")
     try:
-        arch = header["architecture"]
-        arch = Architecture(**{key: tuple(v) if isinstance(v, list) else v for key, v in arch.items()})
-    except KeyError:
-        arch = architecture_of(tensors, path)
-    saved = header.get("attention", "softmax")
-    model = ViT(arch, saved)
+        known = header["architecture"].items() if header else asdict(architecture_of(tensors, path)).items()
+        arch = Architecture(**{key: tuple(value) if isinstance(value, list) else value for key, value in known})
+        saved = header.get("attention", "softmax")
+        model = ViT(arch, saved)
+    except (AttributeError, KeyError, TypeError) as error:
+        raise InputError(f"{path} has a header of another version or program: {error}") from None
     check_tensors(model, tensors, path)
     model.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
     if attention not in (None, saved):
@@ -438,7 +438,7 @@ def save_vit(model, path, head=None, **facts):
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     tensors |= {f"head.{name}": t.detach().cpu().contiguous() for name, t in (head.state_dict() if head else {}).items()}
     if "teacher" in facts and facts["teacher"]["file"] not in KNOWN:     # a path from the new file's folder, so both can move
-        facts["teacher"] = facts["teacher"] | {"file": os.path.relpath(facts["teacher"]["file"], path.parent)}
+        facts["teacher"] = facts["teacher"] | {"file": os.path.relpath(os.path.realpath(facts["teacher"]["file"]), path.parent.resolve())}
     header = {"architecture": asdict(model.arch), "attention": model.attention, **facts}
     partial_file = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -471,8 +471,8 @@ def load_pair(weights, teacher=None, attention=None):
     elif teacher is None:
         if recorded is None:
             raise InputError(f"{weights} does not say which teacher it came from: give --teacher")
-        beside = Path(resolve(weights)).parent / recorded["file"]       # paths in a header start at the student's folder
-        teacher = recorded["file"] if recorded["file"] in KNOWN else os.path.normpath(beside)
+        beside = resolve(weights).resolve().parent / recorded["file"]   # paths in a header start at the student's folder
+        teacher = recorded["file"] if recorded["file"] in KNOWN else os.path.relpath(beside.resolve())
         if not Path(resolve(teacher)).is_file() or sha256(resolve(teacher)) != recorded["sha256"]:
             raise InputError(f"{teacher} has changed since {weights} was aligned to it: expected a file with sha256 "
                              f"{recorded['sha256'][:12]}..., found {sha256(resolve(teacher))[:12]}...")
@@ -563,7 +563,7 @@ def unlabelled(data):
             held_out += find_images(Path(folder, "val"))
         else:
             paths = find_images(folder)
-            step = max(10, len(paths) // 256)
+            step = max(10, math.ceil(len(paths) / 256))
             held_out += paths[::step]
             train += [path for i, path in enumerate(paths) if i % step]
     if not train:
@@ -573,14 +573,15 @@ def unlabelled(data):
 
 def open_out(folder, model):
     """Create an output folder, after everything else was checked and before training: is there room for the result?"""
+    folder, need = Path(folder), 5 * sum(p.numel() for p in model.parameters())   # float32, a fourth for log and pictures
+    free = shutil.disk_usage(next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())).free
+    if free < need:
+        raise InputError(f"--out {folder} has {free / 2**20:.0f} MiB free, expected {need / 2**20:.0f} MiB for the result")
     try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(folder).free
+        folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"--out {folder} cannot be a folder to write to: {error}") from None
-    if free < (need := 5 * sum(p.numel() for p in model.parameters())):  # float32 and a fourth for log and pictures
-        raise InputError(f"--out {folder} has {free / 2**20:.0f} MiB free, expected {need / 2**20:.0f} MiB for the result")
-    return Path(folder)
+    return folder
 
 
 def run(main):

@@ -4,7 +4,7 @@
 # PHOTOS: train/<class>/, val/<class>/. VOC: train/images, train/masks, val/... The arguments are the seeds. Then
 #   python results/collect.py runs/vits14-cpu results/vits14-cpu
 set -eu
-ONE=${ONE:-200} TWO=${TWO:-250} PROBE=${PROBE:-1000} TUNE=${TUNE:-200}
+ONE=${ONE:-150} TWO=${TWO:-200} PROBE=${PROBE:-1000}
 same="--size 112 --batch 32 --dtype bfloat16"
 for seed in "$@"; do
   out=runs/vits14-cpu/seed$seed
