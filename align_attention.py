@@ -3,7 +3,7 @@
 The frozen softmax teacher carries the residual stream. In every block the student's attention sees exactly the teacher's
 normalised input, and its query, key and value weights are tuned until its output matches the teacher's. No labels.
 
-    python align_attention.py                                                            # the demo, about a minute on CPU
+    python align_attention.py                                                            # the demo, half a minute on CPU
     python align_attention.py --weights vit_small_patch14_dinov2 --data photos/          # your own ViT and photos
     python align_attention.py --weights ... --data ... --attention hedgehog --train maps # LoLCATS' stage 1
 
@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from model import OPERATORS, InputError, load_pair, open_out, read_image, run, save_vit, unlabelled
 
-DEMO = dict(weights="demo/teacher.safetensors", size=64, steps=300, batch=64)
+DEMO = dict(weights="demo/teacher.safetensors", size=64, steps=100, batch=64)
 START = -4.0                                  # added to query and key biases, see exponential_start
 HELD_OUT = 256                                # images behind the table: more do not change its second digit
 

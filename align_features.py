@@ -3,7 +3,7 @@
 After stage 1 each block imitates its softmax attention on the teacher's input; errors still add up over the depth. Here
 the student runs on its own, every weight is tuned, and only the final tokens (CLS, registers, patches) are supervised.
 
-    python align_features.py                                                              # the demo, two minutes on CPU
+    python align_features.py                                                              # the demo, a minute on CPU
     python align_features.py --weights runs/attention/student.safetensors --data photos/  # after stage 1 on your own photos
     python align_features.py --weights vit_small_patch14_dinov2 --data photos/            # the ablation without stage 1
 
@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from model import OPERATORS, InputError, load_pair, open_out, read_image, run, save_vit, unlabelled
 
-DEMO = dict(weights="runs/attention/student.safetensors", size=64, steps=300, batch=64)
+DEMO = dict(weights="runs/attention/student.safetensors", size=64, steps=150, batch=64, lr=5e-4)
 HELD_OUT = 256                                # images behind the table: more do not change its second digit
 
 
