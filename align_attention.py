@@ -40,7 +40,7 @@ def parse(argv):
     parser.add_argument("--size", type=int, default=224, help="pixels, a multiple of the patch")
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate (maps: 1e-2 is good)")
+    parser.add_argument("--lr", type=float, default=3e-3, help="peak learning rate (--train maps: 1e-2)")
     parser.add_argument("--out", default="runs/attention", help="folder for student, log and report")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="of autocast")
@@ -149,8 +149,6 @@ def main(argv=None):
 
     teacher, student, origin = load_pair(args.weights, args.teacher, args.attention)
     teacher.grid(args.size, args.size)
-    if student.attention == "linear" and "stage" not in student.facts:      # fresh from a softmax file, not resumed
-        exponential_start(student)
     by_block = trained_parameters(student, args.train)
     parameters = [p for block in by_block for p in block]
     source, held_out = unlabelled(args.data)
@@ -177,6 +175,8 @@ def main(argv=None):
         return torch.stack(losses).mean(0).sqrt().tolist()
 
     before, start = relative_error(), time.perf_counter()
+    if student.attention == "linear" and "stage" not in student.facts:      # fresh from a softmax file, not a student's
+        exponential_start(student)
     with open(out / "log.jsonl", "w") as log, tqdm(total=args.steps * args.batch, unit="img", mininterval=1) as bar:
         for step, images in enumerate(loader, 1):
             images = images.to(device, non_blocking=True)

@@ -40,7 +40,7 @@ def parse(argv):
     parser.add_argument("--size", type=int, default=224, help="pixels, a multiple of the patch")
     parser.add_argument("--steps", type=int, default=5000)
     parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--lr", type=float, default=2e-4, help="peak learning rate")
+    parser.add_argument("--lr", type=float, default=1e-4, help="peak learning rate; the better stage 1 was, the lower")
     parser.add_argument("--out", default="runs/features", help="folder for student, log, report and picture")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="of autocast")
@@ -184,7 +184,9 @@ def main(argv=None):
     facts = dict(stage=stage, teacher=origin, training=vars(args))
     save_vit(student, out / "student.safetensors", **facts)
     (out / "report.json").write_text(json.dumps(facts | dict(before=before, after=after, seconds=seconds), indent=1))
-    picture(teacher, student, next(iter(held_out))[:8].to(device), out / "features.png")
+    shown = held_out.dataset                  # eight of them, from all over the set
+    shown = torch.stack([shown[i * len(shown) // 8] for i in range(8)]) if len(shown) >= 8 else next(iter(held_out))
+    picture(teacher, student, shown.to(device), out / "features.png")
     print(f"wrote {out / 'student.safetensors'} and {out / 'features.png'}")
 
 
