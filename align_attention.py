@@ -5,7 +5,7 @@ normalised input, and its query, key and value weights are tuned until its outpu
 
     python align_attention.py                                                            # the demo, half a minute on CPU
     python align_attention.py --weights vit_small_patch14_dinov2 --data photos/          # your own ViT and photos
-    python align_attention.py --weights ... --data ... --attention hedgehog --train maps # LoLCATS' stage 1
+    python align_attention.py --weights ... --data ... --attention hedgehog --train maps --lr 1e-2   # LoLCATS
 
 Reads the teacher's weights and images; writes to --out: student.safetensors, log.jsonl (the loss of every block at every
 step) and report.json (the table that is printed at the end).
@@ -18,11 +18,11 @@ import time
 
 import torch
 import torch.nn as nn
-from torch.utils.data import DataLoader, Dataset, RandomSampler
+from torch.utils.data import DataLoader, Dataset, RandomSampler, Subset
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from model import OPERATORS, InputError, load_pair, open_out, read_image, run, save_vit, unlabelled
+from model import OPERATORS, InputError, device_and_dtype, load_pair, open_out, read_image, run, save_vit, unlabelled
 
 DEMO = dict(weights="demo/teacher.safetensors", size=64, steps=100, batch=64)
 START = -4.0                                  # added to query and key biases, see exponential_start
@@ -40,7 +40,7 @@ def parse(argv):
     parser.add_argument("--size", type=int, default=224, help="pixels, a multiple of the patch")
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--lr", type=float, default=3e-3, help="peak learning rate (--train maps: 1e-2)")
+    parser.add_argument("--lr", type=float, default=3e-3, help="peak learning rate; give 1e-2 with --train maps")
     parser.add_argument("--out", default="runs/attention", help="folder for student, log and report")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="of autocast")
@@ -48,9 +48,13 @@ def parse(argv):
     if args.data == ["demo"]:                 # inherited: what the demo needs, for flags that were not given
         parser.set_defaults(**DEMO)
         args = parser.parse_args(argv)
+        if args.size != DEMO["size"]:
+            raise InputError(f"--size {args.size}: the demo's images have {DEMO['size']} pixels")
         print("demo defaults:", *(f"--{key} {getattr(args, key)}" for key in DEMO))
     if min(args.steps, args.batch) < 1:
         raise InputError(f"--steps {args.steps} --batch {args.batch}: expected 1 or more of each")
+    if not 0 < args.lr < math.inf:
+        raise InputError(f"--lr {args.lr}: expected a number above 0")
     if args.weights is None:
         raise InputError("--weights is missing: with --data of your own, name the softmax ViT to linearize")
     return args
@@ -131,7 +135,7 @@ def exponential_start(student):
 def trained_parameters(student, train):
     """Freeze everything but the query, key and value weights (or LoLCATS' feature maps); return what is left, by block."""
     if train == "maps" and student.attention != "hedgehog":
-        raise InputError(f"--train maps trains Hedgehog's feature maps: expected --attention hedgehog, found {student.attention}")
+        raise InputError(f"--train maps: expected --attention hedgehog, whose maps it trains, found {student.attention}")
     student.requires_grad_(False)
     for block in student.blocks:
         for module in ([block.attn.qkv] if train == "qkv" else [block.attn.map_q, block.attn.map_k]):
@@ -142,9 +146,7 @@ def trained_parameters(student, train):
 def main(argv=None):
     args = parse(argv)
     torch.manual_seed(args.seed)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    best = ("bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16") if device == "cuda" else "float32"
-    dtype = getattr(torch, best if args.dtype == "auto" else args.dtype)
+    device, dtype = device_and_dtype(args.dtype)
     scaler = torch.amp.GradScaler(device, enabled=dtype == torch.float16)
 
     teacher, student, origin = load_pair(args.weights, args.teacher, args.attention)
@@ -162,10 +164,12 @@ def main(argv=None):
     photos = Photos(source, args.size, augment=True)
     loader = DataLoader(photos, args.batch, num_workers=workers, pin_memory=device == "cuda", generator=draws,
                         sampler=RandomSampler(photos, num_samples=args.steps * args.batch, generator=draws))
-    held_out = torch.utils.data.Subset(Photos(held_out, args.size, augment=False), range(0, len(held_out), max(1, len(held_out) // HELD_OUT)))
+    every = max(1, len(held_out) // HELD_OUT)
+    held_out = Subset(Photos(held_out, args.size, augment=False), range(0, len(held_out), every))
     held_out = DataLoader(held_out, args.batch, num_workers=workers)
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0)   # the weights must stay near the teacher's
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=max(args.steps, 10) + 1, pct_start=0.1, cycle_momentum=False)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=max(args.steps, 10) + 1,
+                                                   pct_start=0.1, cycle_momentum=False)
     align = torch.compile(block_alignment, fullgraph=True) if device == "cuda" else block_alignment
 
     @torch.no_grad()
@@ -199,7 +203,8 @@ def main(argv=None):
             bar.set_postfix(loss=f"{sum(losses) / len(losses):.4f}", lr=f"{rate:.1e}")
     seconds, after = time.perf_counter() - start, relative_error()
 
-    print(f"\nheld-out relative error of the attention output, {args.match} the output projection (1 = mean of V)\nblock  before  after")
+    print(f"\nheld-out relative error of the attention output, {args.match} the output projection (1 = mean of V)")
+    print("block  before  after")
     for block, (old, new) in enumerate(zip(before, after)):
         print(f"{block:5d}  {old:6.3f}  {new:5.3f}")
     print(f" mean  {sum(before) / len(before):6.3f}  {sum(after) / len(after):5.3f}   {args.steps} steps in {seconds:.0f} s")

@@ -19,12 +19,12 @@ import time
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.utils.data import DataLoader, Dataset, RandomSampler
+from torch.utils.data import DataLoader, Dataset, RandomSampler, Subset
 from torchvision.transforms import v2
 from torchvision.utils import save_image
 from tqdm import tqdm
 
-from model import OPERATORS, InputError, load_pair, open_out, read_image, run, save_vit, unlabelled
+from model import OPERATORS, InputError, device_and_dtype, load_pair, open_out, read_image, run, save_vit, unlabelled
 
 DEMO = dict(weights="runs/attention/student.safetensors", size=64, steps=150, batch=64, lr=5e-4)
 HELD_OUT = 256                                # images behind the table: more do not change its second digit
@@ -48,9 +48,13 @@ def parse(argv):
     if args.data == ["demo"]:                 # inherited: what the demo needs, for flags that were not given
         parser.set_defaults(**DEMO)
         args = parser.parse_args(argv)
+        if args.size != DEMO["size"]:
+            raise InputError(f"--size {args.size}: the demo's images have {DEMO['size']} pixels")
         print("demo defaults:", *(f"--{key} {getattr(args, key)}" for key in DEMO))
     if min(args.steps, args.batch) < 1:
         raise InputError(f"--steps {args.steps} --batch {args.batch}: expected 1 or more of each")
+    if not 0 < args.lr < math.inf:
+        raise InputError(f"--lr {args.lr}: expected a number above 0")
     if args.weights is None:
         raise InputError("--weights is missing: with --data of your own, name stage 1's student (or a softmax ViT)")
     return args
@@ -109,7 +113,8 @@ def compare(teacher, student, batches, dtype, device):
         error += (have - want).square().sum()
         energy += (want - centre).square().sum()
     mean = lambda values: torch.stack(values).mean().item()
-    return dict(cls_cosine=mean(cls) if teacher.arch.cls else None, patch_cosine=mean(patches), relative_error=(error / energy).sqrt().item())
+    return dict(cls_cosine=mean(cls) if teacher.arch.cls else None, patch_cosine=mean(patches),
+                relative_error=(error / energy).sqrt().item())
 
 
 @torch.no_grad()
@@ -129,9 +134,7 @@ def picture(teacher, student, images, path):
 def main(argv=None):
     args = parse(argv)
     torch.manual_seed(args.seed)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    best = ("bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16") if device == "cuda" else "float32"
-    dtype = getattr(torch, best if args.dtype == "auto" else args.dtype)
+    device, dtype = device_and_dtype(args.dtype)
     scaler = torch.amp.GradScaler(device, enabled=dtype == torch.float16)
 
     teacher, student, origin = load_pair(args.weights, args.teacher, args.attention)
@@ -148,10 +151,12 @@ def main(argv=None):
     photos = Photos(source, args.size, augment=True)
     loader = DataLoader(photos, args.batch, num_workers=workers, pin_memory=device == "cuda", generator=draws,
                         sampler=RandomSampler(photos, num_samples=args.steps * args.batch, generator=draws))
-    held_out = torch.utils.data.Subset(Photos(held_out, args.size, augment=False), range(0, len(held_out), max(1, len(held_out) // HELD_OUT)))
+    every = max(1, len(held_out) // HELD_OUT)
+    held_out = Subset(Photos(held_out, args.size, augment=False), range(0, len(held_out), every))
     held_out = DataLoader(held_out, args.batch, num_workers=workers)
     optimizer = torch.optim.AdamW(student.parameters(), lr=args.lr, weight_decay=0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=max(args.steps, 10) + 1, pct_start=0.1, cycle_momentum=False)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=max(args.steps, 10) + 1,
+                                                   pct_start=0.1, cycle_momentum=False)
     align = torch.compile(feature_alignment, fullgraph=True) if device == "cuda" else feature_alignment
 
     before, start = compare(teacher, student.eval(), held_out, dtype, device), time.perf_counter()
@@ -172,7 +177,8 @@ def main(argv=None):
             rate = schedule.get_last_lr()[0]
             schedule.step()
             optimizer.zero_grad()
-            log.write(json.dumps({"step": step, "loss": value, "lr": rate, "seconds": round(time.perf_counter() - start, 2)}) + "\n")
+            seconds = round(time.perf_counter() - start, 2)
+            log.write(json.dumps({"step": step, "loss": value, "lr": rate, "seconds": seconds}) + "\n")
             bar.update(len(images))
             bar.set_postfix(loss=f"{value:.4f}", lr=f"{rate:.1e}")
     seconds, after = time.perf_counter() - start, compare(teacher, student.eval(), held_out, dtype, device)

@@ -7,7 +7,7 @@
 
 --weights takes one file or several, and trains each in the same way. FILE:linear is FILE with its attention swapped and
 nothing aligned. --freeze leaves the backbone as it is: its features are computed once, and only the head is trained.
---from-scratch keeps nothing of a file but its architecture, the paper's other paradigm.
+--from-scratch keeps nothing of a file but its architecture (softmax, unless FILE:linear), the paper's other paradigm.
 
 Data: train/<class>/ and val/<class>/ (classify), train/images + train/masks and val/... (segment: PNG masks of the same
 name, 0 to K - 1, 255 is ignored). Writes to --out: a checkpoint for each of --weights, metrics.json, log.jsonl and for
@@ -31,8 +31,8 @@ from torchvision.transforms import v2
 from torchvision.utils import save_image
 from tqdm import tqdm
 
-from model import KNOWN, OPERATORS, SETS, InputError, ViT, find_images, linearize, load_vit, open_out, open_set, read_image
-from model import read_weights, run, save_vit
+from model import KNOWN, OPERATORS, SETS, InputError, ViT, device_and_dtype, find_images, linearize, load_vit, open_out
+from model import open_set, read_image, read_weights, run, save_vit
 
 DEMO = dict(size=64, steps=300, batch=64)
 ABLATION = ["demo/teacher.safetensors", "demo/teacher.safetensors:linear",
@@ -52,7 +52,7 @@ def parse(argv):
     parser.add_argument("--size", type=int, default=224, help="pixels, a multiple of the patch")
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--lr", type=float, default=1e-4, help=f"peak learning rate of the backbone; the head's is {HEAD_LR} times that")
+    parser.add_argument("--lr", type=float, default=1e-4, help=f"peak; the head's is {HEAD_LR} times that")
     parser.add_argument("--out", default="runs/finetune", help="folder for checkpoints, metrics and picture")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="of autocast")
@@ -60,14 +60,20 @@ def parse(argv):
     if args.data == "demo" and not args.predict:
         parser.set_defaults(**DEMO)           # inherited: what the demo needs, for flags that were not given
         if args.weights is None:
-            parser.set_defaults(weights=ABLATION, freeze=True)
+            parser.set_defaults(weights=ABLATION, freeze=not args.from_scratch)
         args = parser.parse_args(argv)
+        if args.size != DEMO["size"]:
+            raise InputError(f"--size {args.size}: the demo's images have {DEMO['size']} pixels")
         print("demo defaults:", *(f"--{key} {getattr(args, key)}" for key in DEMO), "--freeze" * args.freeze,
               "--weights", *args.weights)
     if min(args.steps, args.batch) < 1:
         raise InputError(f"--steps {args.steps} --batch {args.batch}: expected 1 or more of each")
+    if not 0 < args.lr < math.inf:
+        raise InputError(f"--lr {args.lr}: expected a number above 0")
     if args.weights is None:
-        raise InputError("--weights is missing: with --data of your own, name the files to fine-tune")
+        raise InputError("--weights is missing: name the files to fine-tune, or the checkpoint to --predict with")
+    if args.predict and len(args.weights) != 1:
+        raise InputError(f"--predict takes one checkpoint in --weights, found {len(args.weights)}")
     if args.freeze and args.from_scratch:
         raise InputError("--freeze and --from-scratch exclude each other: random weights have no features to keep")
     return args
@@ -117,7 +123,7 @@ def pairs(folder):
                     raise InputError(f"{mask} is no mask of {image}: expected 8 bits a pixel and size {size}, "
                                      f"found mode {truth.mode} and size {truth.size}")
                 highest = max([highest, *(value for value, count in enumerate(truth.histogram()[:IGNORE]) if count)])
-        except (OSError, SyntaxError, ValueError) as error:
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise InputError(f"{mask} is not a readable mask: {error}") from None
         found.append((image, mask))
     return found, highest + 1
@@ -185,7 +191,9 @@ def task_loss(vit, head, inputs, targets, task, frozen):
     logits = head(inputs.float() if frozen else features(vit, inputs, task)).float()
     if task == "segment":
         logits = F.interpolate(logits, size=targets.shape[1:], mode="bilinear")
-    return F.cross_entropy(logits, targets.long(), ignore_index=IGNORE if task == "segment" else -100)
+    ignore = IGNORE if task == "segment" else -100
+    total = F.cross_entropy(logits, targets.long(), ignore_index=ignore, reduction="sum")
+    return total / (targets != ignore).sum().clamp(min=1)               # a crop may hold nothing but ignored pixels
 
 
 @torch.no_grad()
@@ -199,7 +207,8 @@ def evaluate(vit, head, batches, task, frozen, classes, device, autocast):
             logits = F.interpolate(logits, size=targets.shape[1:], mode="bilinear")
         guess, counted = logits.argmax(1).cpu(), targets != (IGNORE if task == "segment" else -100)
         first = guess if first is None else first
-        confusion += torch.bincount(classes * targets[counted].long() + guess[counted], minlength=classes ** 2).view(classes, classes)
+        pairs = torch.bincount(classes * targets[counted].long() + guess[counted], minlength=classes ** 2)
+        confusion += pairs.view(classes, classes)
     right, truth, guessed = confusion.diag().double(), confusion.sum(1), confusion.sum(0)
     if task == "classify":
         return 100 * (right.sum() / truth.sum()).item(), (100 * right / truth).tolist(), first
@@ -256,9 +265,7 @@ def predict(args, device):
 
 def main(argv=None):
     args = parse(argv)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    best = ("bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16") if device == "cuda" else "float32"
-    dtype = getattr(torch, best if args.dtype == "auto" else args.dtype)
+    device, dtype = device_and_dtype(args.dtype)
     autocast = lambda: torch.autocast(device, dtype, enabled=dtype != torch.float32)
     if args.predict:
         return predict(args, device)
@@ -267,7 +274,7 @@ def main(argv=None):
         model, _ = load_backbone(spec, args.from_scratch)
         model.grid(args.size, args.size)
     source, val_source, classes = load_data(args.data, args.task)
-    out = open_out(args.out, model)
+    out = open_out(args.out, model, copies=len(args.weights))
     workers = min(8, os.cpu_count() or 1) if device == "cuda" else 0
     loader = dict(num_workers=workers, pin_memory=device == "cuda")
     train_set = Labelled(source, args.task, args.size, augment=not args.freeze)
@@ -334,9 +341,11 @@ def main(argv=None):
         facts = dict(task=args.task, classes=classes, size=args.size, frozen=args.freeze, seed=args.seed)
         checkpoint = out / f"{i}-{args.task}.safetensors"
         save_vit(vit, checkpoint, head=head, stage=f"{stage}+finetune", **facts)
-        rows.append(dict(weights=spec, attention=vit.attention, stage=stage, head=type(head).__name__, score=score, metric="top-1" if args.task == "classify" else "mIoU",
-                         per_class=dict(zip(classes, by_class)), held_out=len(val_set), steps=args.steps, batch=args.batch, lr=args.lr,
-                         seconds=time.perf_counter() - start, device=device, dtype=str(dtype), checkpoint=str(checkpoint), **facts))
+        rows.append(dict(weights=spec, attention=vit.attention, stage=stage, head=type(head).__name__, score=score,
+                         metric="top-1" if args.task == "classify" else "mIoU", held_out=len(val_set),
+                         per_class={name: None if math.isnan(value) else value for name, value in zip(classes, by_class)},
+                         steps=args.steps, batch=args.batch, lr=args.lr, seconds=time.perf_counter() - start,
+                         device=device, dtype=str(dtype), checkpoint=str(checkpoint), **facts))
         (out / "metrics.json").write_text(json.dumps(rows, indent=1))
         guesses.append(guess)
 
@@ -344,7 +353,8 @@ def main(argv=None):
         images, masks = zip(*(val_set[j] for j in range(min(8, args.batch, len(val_set)))))
         panels = [torch.stack(images) / 255, *(colour(m[:len(images)]) for m in (torch.stack(masks), *guesses))]
         save_image(torch.cat(panels), out / "segment.png", nrow=len(images))
-    print(f"\n{rows[0]['metric']} on {len(val_set)} held-out images, {'frozen' if args.freeze else 'tuned'} backbone, seed {args.seed}")
+    backbone = "frozen" if args.freeze else "tuned"
+    print(f"\n{rows[0]['metric']} on {len(val_set)} held-out images, {backbone} backbone, seed {args.seed}")
     for row in rows:
         print(f"{row['score']:6.2f}  {row['attention']:9s} {row['stage']:20s} {row['weights']}")
     print(f"wrote {out / 'metrics.json'}")

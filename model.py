@@ -21,6 +21,7 @@ import math
 import os
 import shutil
 import sys
+import tempfile
 import urllib.error
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -48,7 +49,7 @@ def softmax_attention(q, k, v):
 
 
 def softmax_reference(q, k, v):
-    """The same, written out: O(N^2) time and memory. The oracle of the tests and of the benchmark."""
+    """The same, written out: O(N^2) time and memory. The oracle of the tests."""
     scores = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5              # (B,H,N,D) @ (B,H,D,N) -> (B,H,N,N)
     return scores.softmax(-1) @ v                                       # (B,H,N,N) @ (B,H,N,D) -> (B,H,N,D)
 
@@ -145,7 +146,10 @@ class Attention(nn.Module):
         return self.qkv(x).view(B, N, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
 
     def attend(self, q, k, v, grid):
-        """q, k, v (B, H, N, D), of which the last rows * columns tokens lie on the grid -> (B, N, C), heads side by side."""
+        """q, k, v (B, H, N, D) -> (B, N, C), heads side by side.
+
+        The last rows * columns tokens lie on the grid. No operator here looks at it; a convolution on V would.
+        """
         if self.attention == "hedgehog":
             x = linear_attention(self.map_q(q), self.map_k(k), v, phi=nn.Identity())
         else:
@@ -311,11 +315,11 @@ KNOWN = {                                     # timm's name: (architecture, wher
 def resolve(path_or_name):
     """A weight file's path: the file itself, or a known name's file, downloaded once into torch.hub's folder."""
     path, (_, address) = Path(path_or_name), KNOWN.get(str(path_or_name), (None, None))
-    if path.is_file() or address is None:
-        if not path.is_file():
-            raise InputError(f"{path_or_name} is neither a weight file nor a known name with weights: "
-                             f"expected a .safetensors, .pth or .pt file, or one of {', '.join(n for n in KNOWN if KNOWN[n][1])}")
+    if path.is_file():
         return path
+    if address is None:
+        raise InputError(f"{path_or_name} is neither a weight file nor a known name with weights: expected a .safetensors, "
+                         f".pth or .pt file, or one of {', '.join(name for name in KNOWN if KNOWN[name][1])}")
     path = Path(torch.hub.get_dir(), "checkpoints", Path(address).name)
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -361,9 +365,9 @@ def architecture_of(tensors, path):
     side = math.isqrt(rows)
     cls_position = cls and side * side != rows                          # 1 + 37 * 37 rows: CLS has its own
     side = math.isqrt(rows - cls_position)
-    if side * side != rows - cls_position or width % 64:
+    if side * side != rows - cls_position or width % 64 or width > 1024:
         raise InputError(f"{path}: cannot tell the architecture from a position table of {rows} rows and width {width}, "
-                         "expected a square table and heads of 64: only a file saved by this project may differ")
+                         "expected a square table and heads of 64 (width up to 1024): only a file saved by us may differ")
     registers = tensors["reg_token"].shape[1] if "reg_token" in tensors else 0
     layerscale = "blocks.0.ls1.gamma" in tensors
     return Architecture(
@@ -395,9 +399,13 @@ def load_vit(path_or_name, attention=None):
         arch = Architecture(**{key: tuple(value) if isinstance(value, list) else value for key, value in known})
         saved = header.get("attention", "softmax")
         model = ViT(arch, saved)
-    except (AttributeError, KeyError, TypeError) as error:
-        raise InputError(f"{path} has a header of another version or program: {error}") from None
+    except InputError:
+        raise
+    except Exception as error:                                          # junk in a header makes nearly anything
+        raise InputError(f"{path} has a header or tensor names of another version or program: {error}") from None
     check_tensors(model, tensors, path)
+    if not header:
+        print(f"{path}: assumed, as it does not say: heads of 64, eps {arch.eps}, pixels normalised with {arch.mean}, {arch.std}")
     model.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
     if attention not in (None, saved):
         model = linearize(model, attention)
@@ -415,7 +423,8 @@ def check_tensors(model, tensors, path):
     found = [f"{kind}: {some(names)}" for kind, names in
              (("missing", missing), ("unexpected", unexpected), ("mis-shaped", misshaped)) if names]
     if found:
-        raise InputError(f"{path} does not fit a ViT of width {model.arch.width} and depth {model.arch.depth}: {'; '.join(found)}")
+    want = model.state_dict()
+    some = lambda names: ", ".join(names[:5]) + (f" and {len(names) - 5} more" if names[5:] else "")
 
 
 def linearize(model, attention="linear"):
@@ -425,7 +434,8 @@ def linearize(model, attention="linear"):
     """
     student = ViT(model.arch, attention)
     fresh = {name: tensor for name, tensor in student.state_dict().items() if ".map_" in name}
-    student.load_state_dict(fresh | {name: t for name, t in model.state_dict().items() if ".map_" not in name or name in fresh})
+    same = {name: tensor for name, tensor in model.state_dict().items() if ".map_" not in name or name in fresh}
+    student.load_state_dict(fresh | same)
     return student.to(next(model.parameters()).device).train(model.training)
 
 
@@ -473,10 +483,10 @@ def load_pair(weights, teacher=None, attention=None):
             raise InputError(f"{weights} does not say which teacher it came from: give --teacher")
         beside = resolve(weights).resolve().parent / recorded["file"]   # paths in a header start at the student's folder
         teacher = recorded["file"] if recorded["file"] in KNOWN else os.path.relpath(beside.resolve())
-        if not Path(resolve(teacher)).is_file() or sha256(resolve(teacher)) != recorded["sha256"]:
-            raise InputError(f"{teacher} has changed since {weights} was aligned to it: expected a file with sha256 "
-                             f"{recorded['sha256'][:12]}..., found {sha256(resolve(teacher))[:12]}...")
         print(f"teacher, inherited from {weights}: {teacher}")
+        if (found := sha256(resolve(teacher))) != recorded["sha256"]:
+            raise InputError(f"{teacher} has changed since {weights} was aligned to it: expected a file with sha256 "
+                             f"{recorded['sha256'][:12]}..., found {found[:12]}...")
     model = load_vit(teacher)
     if not model.attention.startswith("softmax"):
         raise InputError(f"{teacher} cannot teach: expected softmax attention, found {model.attention}")
@@ -571,14 +581,23 @@ def unlabelled(data):
     return train, held_out
 
 
-def open_out(folder, model):
+def device_and_dtype(name):
+    """CUDA where there is one, and the dtype of autocast. "auto": bfloat16, float16 on GPUs without it, float32 on the CPU."""
+    if not torch.cuda.is_available():
+        return "cpu", torch.float32 if name == "auto" else getattr(torch, name)
+    half = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    return "cuda", half if name == "auto" else getattr(torch, name)
+
+
+def open_out(folder, model, copies=1):
     """Create an output folder, after everything else was checked and before training: is there room for the result?"""
-    folder, need = Path(folder), 5 * sum(p.numel() for p in model.parameters())   # float32, a fourth for log and pictures
+    folder, need = Path(folder), 5 * copies * sum(p.numel() for p in model.parameters())   # float32 and a fourth for the rest
     free = shutil.disk_usage(next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())).free
     if free < need:
         raise InputError(f"--out {folder} has {free / 2**20:.0f} MiB free, expected {need / 2**20:.0f} MiB for the result")
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()                      # may we write there?
     except OSError as error:
         raise InputError(f"--out {folder} cannot be a folder to write to: {error}") from None
     return folder
@@ -588,5 +607,7 @@ def run(main):
     """A script's main(), with an InputError as one line on stderr and exit code 1 instead of a traceback."""
     try:
         main()
-    except InputError as error:
-        sys.exit(f"{Path(sys.argv[0]).name}: {error}")
+    except InputError as error:                                         # from a loader's worker: its traceback, the sentence last
+        sys.exit(f"{Path(sys.argv[0]).name}: {str(error).strip().splitlines()[-1].removeprefix('model.InputError: ')}")
+    except torch.OutOfMemoryError:
+        sys.exit(f"{Path(sys.argv[0]).name}: out of GPU memory: try a lower --batch or --size")

@@ -6,7 +6,6 @@ alone: the ring's colour must be found, carried to every shape and compared, whi
 
     python demo/shapes.py            # writes demo/shapes.png, the first validation images beside their masks
 """
-import sys
 from pathlib import Path
 
 import torch

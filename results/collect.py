@@ -39,7 +39,7 @@ def main(folder, target):
         for row, values in table.items():
             for column, found in values.items():
                 writer.writerow([row, column, *(f"{f(found):.4f}" for f in (statistics.mean, min, max)), len(found)])
-    print("| row |", " | ".join(columns), "|\n|---" * (1) + "|---" * len(columns) + "|")
+    print("| row |", " | ".join(columns), "|\n|---" + "|---" * len(columns) + "|")
     for row, values in table.items():
         cells = [f"{statistics.mean(values[c]):.2f} ({min(values[c]):.2f} to {max(values[c]):.2f})" if c in values else "" for c in columns]
         print("|", row, "|", " | ".join(cells), "|")
