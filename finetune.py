@@ -207,8 +207,8 @@ def evaluate(vit, head, batches, task, frozen, classes, device, autocast):
             logits = F.interpolate(logits, size=targets.shape[1:], mode="bilinear")
         guess, counted = logits.argmax(1).cpu(), targets != (IGNORE if task == "segment" else -100)
         first = guess if first is None else first
-        pairs = torch.bincount(classes * targets[counted].long() + guess[counted], minlength=classes ** 2)
-        confusion += pairs.view(classes, classes)
+        counts = torch.bincount(classes * targets[counted].long() + guess[counted], minlength=classes ** 2)
+        confusion += counts.view(classes, classes)
     right, truth, guessed = confusion.diag().double(), confusion.sum(1), confusion.sum(0)
     if task == "classify":
         return 100 * (right.sum() / truth.sum()).item(), (100 * right / truth).tolist(), first

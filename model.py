@@ -423,8 +423,7 @@ def check_tensors(model, tensors, path):
     found = [f"{kind}: {some(names)}" for kind, names in
              (("missing", missing), ("unexpected", unexpected), ("mis-shaped", misshaped)) if names]
     if found:
-    want = model.state_dict()
-    some = lambda names: ", ".join(names[:5]) + (f" and {len(names) - 5} more" if names[5:] else "")
+        raise InputError(f"{path} does not fit a ViT of width {model.arch.width}, depth {model.arch.depth}: {'; '.join(found)}")
 
 
 def linearize(model, attention="linear"):
@@ -447,8 +446,9 @@ def save_vit(model, path, head=None, **facts):
     path = Path(path)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     tensors |= {f"head.{name}": t.detach().cpu().contiguous() for name, t in (head.state_dict() if head else {}).items()}
-    if "teacher" in facts and facts["teacher"]["file"] not in KNOWN:     # a path from the new file's folder, so both can move
-        facts["teacher"] = facts["teacher"] | {"file": os.path.relpath(os.path.realpath(facts["teacher"]["file"]), path.parent.resolve())}
+    if "teacher" in facts and facts["teacher"]["file"] not in KNOWN:    # a path from the new file's folder: both can move
+        beside = os.path.relpath(os.path.realpath(facts["teacher"]["file"]), path.parent.resolve())
+        facts["teacher"] = facts["teacher"] | {"file": beside}
     header = {"architecture": asdict(model.arch), "attention": model.attention, **facts}
     partial_file = path.with_name(f".{path.name}.{os.getpid()}")
     try:
