@@ -17,6 +17,12 @@ def name(weights):
     return path.parent.name if path.stem == "student" else "none" if ":" in path.name else "teacher"
 
 
+def show(values):
+    digits = 3 if max(values) < 2 else 1      # cosines and errors, scores and seconds
+    low, mean, high = (f"{f(values):.{digits}f}" for f in (min, statistics.mean, max))
+    return mean if low == high else f"{mean} ({low} to {high})"
+
+
 def main(folder, target):
     scores, extra = {}, {}
     for file in sorted(Path(folder).glob("seed*/*/metrics.json")):
@@ -28,9 +34,12 @@ def main(folder, target):
         row = extra.setdefault(file.parent.name, {})
         row.setdefault("seconds", []).append(report["seconds"])
         row.setdefault("steps", []).append(report["training"]["steps"])
-        for key in ("cls_cosine", "patch_cosine", "relative_error"):
-            if isinstance(report["after"], dict):
+        if isinstance(report["after"], dict):                           # stage 2: "before" is the row it started from
+            start = Path(report["training"]["weights"])
+            start = extra.setdefault(start.parent.name if start.stem == "student" else "none", {})
+            for key in ("cls_cosine", "patch_cosine", "relative_error"):
                 row.setdefault(key, []).append(report["after"][key])
+                start.setdefault(key, []).append(report["before"][key])
     table = {row: columns | extra.get(row, {}) for row, columns in scores.items()}
     columns = list(dict.fromkeys(column for row in table.values() for column in row))
     with open(f"{target}.csv", "w", newline="") as out:
@@ -41,7 +50,7 @@ def main(folder, target):
                 writer.writerow([row, column, *(f"{f(found):.4f}" for f in (statistics.mean, min, max)), len(found)])
     print("| row |", " | ".join(columns), "|\n|---" + "|---" * len(columns) + "|")
     for row, values in table.items():
-        cells = [f"{statistics.mean(values[c]):.2f} ({min(values[c]):.2f} to {max(values[c]):.2f})" if c in values else "" for c in columns]
+        cells = [show(values[c]) if c in values else "" for c in columns]
         print("|", row, "|", " | ".join(cells), "|")
 
 

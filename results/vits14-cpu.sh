@@ -20,5 +20,5 @@ for seed in "$@"; do
   python finetune.py --task segment --data $VOC $same --freeze --steps 500 --weights $rows --seed $seed --out $out/segment-frozen
 done
 rows="$WEIGHTS $WEIGHTS:linear runs/vits14-cpu/seed0/one-two/student.safetensors"
-python finetune.py --task classify --data $PROBE $same --steps 60 --weights $rows --out runs/vits14-cpu/seed0/classify-tuned
-python finetune.py --task segment --data $VOC $same --steps 60 --weights $rows --out runs/vits14-cpu/seed0/segment-tuned
+python finetune.py --task classify --data $PROBE $same --steps 40 --weights $rows --out runs/vits14-cpu/seed0/classify-tuned
+python finetune.py --task segment --data $VOC $same --steps 40 --weights $rows --out runs/vits14-cpu/seed0/segment-tuned

@@ -230,6 +230,17 @@ def test_counts_are_positive(files, stage, flags):
     assert "\n" not in str(caught.value) and not (files / "out").exists()
 
 
+@pytest.mark.parametrize("lr", (0, -1e-3, float("nan"), float("inf")))
+@every_stage
+def test_learning_rate_is_above_zero(files, stage, lr):
+    refused(stage, files, "--lr", lr, lr=lr)
+
+
+@every_stage
+def test_the_demo_has_one_size(files, stage):
+    refused(stage, files, "--size 32", "64", data="demo", size=32)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Photos and labels
 
@@ -386,6 +397,14 @@ def test_no_room_leaves_what_was_there(files, stage, monkeypatch):
     assert [path.read_text() for path in (files / "mine").iterdir()] == ["mine"]
 
 
+def test_no_room_for_every_checkpoint(files, monkeypatch):
+    """Fine-tuning writes one for each of --weights: enough for two is too little for three."""
+    size = (files / "teacher.safetensors").stat().st_size
+    monkeypatch.setattr(model.shutil, "disk_usage", lambda folder: SimpleNamespace(free=2.6 * size))
+    refused("classify", files, "free", weights=[files / "teacher.safetensors"] * 3)
+    call("classify", argv_of("classify", files, weights=[files / "teacher.safetensors"] * 2))
+
+
 def never_finite(stage, files, says, **flags):
     with pytest.raises(InputError) as caught:
         call(stage, argv_of(stage, files, **flags))
@@ -416,6 +435,15 @@ def test_learning_rate_that_gives_no_finite_loss(files, stage):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The scripts themselves
+
+def test_a_loaders_worker_says_it_in_one_line_too(files):
+    """On a GPU photos are read by other processes, whose errors come with a traceback in the message."""
+    photos = align_attention.Photos([cut(files / "photos/0.jpg")], 32, augment=False)
+    with pytest.raises(SystemExit) as caught:
+        model.run(lambda: list(torch.utils.data.DataLoader(photos, num_workers=1)))
+    message = caught.value.code
+    assert "\n" not in message and f"{files / 'photos/0.jpg'} is not a readable image" in message and "InputError" not in message
+
 
 @pytest.mark.parametrize("stage, flags, says", [
     ("attention", dict(weights="junk.pth"), "junk.pth"),

@@ -727,6 +727,29 @@ def test_ignored_pixels_have_no_gradient():
     assert loss.item() == pytest.approx(-kept.gather(1, masks[counted][:, None]).mean().item(), rel=1e-5)
 
 
+def test_a_batch_of_nothing_but_ignored_pixels_is_no_loss():
+    """A small crop may hold none else: 0, with a gradient of 0, and not the 0 / 0 of a mean over nothing."""
+    logits = torch.randn(1, 3, 4, 4, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    masks = torch.full((1, 4, 4), finetune.IGNORE, dtype=torch.uint8)
+    loss = finetune.task_loss(random_vit(), Scores(), logits, masks, "segment", True)
+    loss.backward()
+    assert loss == 0 and not logits.grad.any()
+
+
+def test_metrics_are_json_where_a_class_does_not_occur(files, tmp_path):
+    """NaN is no JSON. Class 4 of 0 to 5 is in no mask, and this short a training does not guess it."""
+    shutil.copytree(files / "segment", tmp_path / "data")
+    mask = np.zeros((40, 48), dtype=np.uint8)
+    mask[0, 0] = 5
+    Image.fromarray(mask).save(tmp_path / "data/train/masks/0.png")
+    call(finetune, "--task", "segment", "--data", tmp_path / "data", "--weights", files / "teacher.safetensors", "--size", SIZE,
+         "--steps", 20, "--batch", 4, "--lr", 1e-3, "--freeze", "--out", tmp_path / "out")
+    row, = json.loads((tmp_path / "out/metrics.json").read_text(), parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
+    assert list(row["per_class"]) == list("012345") and row["per_class"]["4"] is None
+    known = [iou for iou in row["per_class"].values() if iou is not None]
+    assert row["score"] == pytest.approx(sum(known) / len(known)) and len(known) >= 2
+
+
 def test_features_are_cls_and_mean_patch_or_the_grid():
     vit = random_vit().eval()
     images = random_tokens(vit)[0]
