@@ -3,7 +3,7 @@
 The frozen softmax teacher carries the residual stream. In every block the student's attention sees exactly the teacher's
 normalised input, and its query, key and value weights are tuned until its output matches the teacher's. No labels.
 
-    python align_attention.py                                                            # the demo, half a minute on CPU
+    python align_attention.py                                                            # the demo, a minute on CPU
     python align_attention.py --weights vit_small_patch14_dinov2 --data photos/          # your own ViT and photos
     python align_attention.py --weights ... --data ... --attention hedgehog --train maps --lr 1e-2   # LoLCATS
 
@@ -124,7 +124,7 @@ def exponential_start(student):
 
     Softmax weights are products of exponentials; the common factor exp(START) cancels in the normaliser, and the linear
     part still bounds outliers. Paper: no word of the scale of phi; here: this start, which needs no new tensor and costs
-    nothing, lowers the held-out error from 0.49 to 0.44 (README, "What helped").
+    nothing, lowers the held-out error after 60 steps from 0.586 to 0.516 (README, "What helped").
     """
     for block in student.blocks:
         q, k, _ = block.attn.qkv.bias.chunk(3)

@@ -1,6 +1,6 @@
 """Stage 3 of ViT-AdaLA, supervised fine-tuning: a head for classification or segmentation on teacher or students.
 
-    python finetune.py                                                    # the demo: the whole ablation, frozen, one table
+    python finetune.py                                                    # the demo: the whole ablation in one table
     python finetune.py --task classify --data photos/ --weights runs/features/student.safetensors
     python finetune.py --task segment --data photos/ --freeze --weights teacher.pth teacher.pth:linear student.safetensors
     python finetune.py --weights runs/finetune/0-segment.safetensors --predict folder/
