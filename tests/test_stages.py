@@ -845,3 +845,25 @@ def test_import_has_no_side_effects(tmp_path):
     code = "import model, align_attention, align_features, finetune, demo.shapes"
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
     assert (done.returncode, done.stdout, list(tmp_path.iterdir())) == (0, "", [])
+
+
+@pytest.mark.parametrize("attention", ("linear", "hedgehog"))
+def test_compiled_steps_equal_eager_ones(attention):
+    """What each stage hands to torch.compile on a GPU, traced whole (fullgraph) here; the kernels are the eager ones."""
+    torch._dynamo.reset()
+    whole = dict(fullgraph=True, backend="aot_eager")
+    teacher, student = random_vit().requires_grad_(False), random_vit(1, attention)
+    images, _, _ = random_tokens(teacher)
+    masks = torch.randint(0, 3, (len(images), SIZE, SIZE), generator=torch.Generator().manual_seed(0))
+    head = finetune.make_head(student.arch, "segment", 3)
+
+    def gradients(align, features, loss):
+        student.zero_grad()
+        losses = align_attention.alignment_step(teacher, student, images, "after", align=align, backward=lambda loss: loss.backward())
+        total = features(teacher, student, images, align_features.mse) + loss(student, head, images, masks, "segment", False)
+        total.backward()
+        return [losses, total.detach(), *(p.grad.clone() for p in student.parameters())]
+
+    steps = (align_attention.block_alignment, align_features.feature_alignment, finetune.task_loss)
+    for eager, compiled in zip(gradients(*steps), gradients(*(torch.compile(step, **whole) for step in steps))):
+        assert torch.allclose(eager, compiled, rtol=1e-4, atol=1e-5 * eager.abs().max())
