@@ -811,7 +811,7 @@ def test_only_the_target_has_the_colour_of_the_ring(monkeypatch):
     painted = (cells(images.float()).unsqueeze(1) == palette.view(6, 3, 1, 1, 1)).all(2)   # (n, 6 colours, 16 cells, 16, 16)
     middles = painted[..., 7:9, 7:9].any(-1).any(-1)
     targets = cells(masks).sum((-2, -1)) > 0
-    for has, middle, target in zip(painted.sum((-2, -1)) > 9, middles, targets):       # (6 colours, 16 cells), same, (16 cells)
+    for has, middle, target in zip(painted.sum((-2, -1)) > 9, middles, targets):   # (6 colours, 16 cells) twice, (16 cells)
         assert has.sum() == 6 and has.any(1).sum() == 5                 # six things, two of them of one colour:
         pair = has[has.sum(1) == 2][0]
         assert target.sum() == 1 and pair[target].all()                 # the target, and the ring, alone in having a hole
