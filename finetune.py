@@ -44,12 +44,12 @@ HEAD_LR = 10                                  # a fresh head on pretrained weigh
 def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", choices=("classify", "segment"), default="classify")
-    parser.add_argument("--weights", nargs="+", help="files or known names, each may end in :OPERATOR to swap its attention")
+    parser.add_argument("--weights", nargs="+", help="files, known names or NAME=FILE, each may end in :OPERATOR")
     parser.add_argument("--freeze", action="store_true", help="train only the head")
     parser.add_argument("--from-scratch", action="store_true", help="start from random weights")
     parser.add_argument("--predict", metavar="FOLDER", help="label these photos with the checkpoint --weights, train nothing")
     parser.add_argument("--data", default="demo", help="a folder (see above), a torchvision set's name, or demo")
-    parser.add_argument("--size", type=int, default=224, help="pixels, a multiple of the patch")
+    parser.add_argument("--size", type=int, help="pixels, a multiple of the patch (default: the first weights' native size)")
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--lr", type=float, default=1e-4, help=f"peak; the head's is {HEAD_LR} times that")
@@ -85,16 +85,17 @@ def parse(argv):
 class Labelled(Dataset):
     """Items (uint8 image (3, size, size), label int or mask uint8 (size, size)) from pairs of image and label or mask."""
 
-    def __init__(self, source, task, size, augment):
+    def __init__(self, source, task, size, augment, resize="bicubic"):
         self.source, self.task = source, task
-        if isinstance(source[0][0], torch.Tensor):                      # the demo's images have their size already
+        resize = dict(interpolation=v2.InterpolationMode(resize), antialias=True)
+        if type(source[0][0]) is torch.Tensor:                          # the demo's images have their size already
             steps = [v2.RandomHorizontalFlip()] if augment else [v2.Identity()]
         elif augment:
-            steps = [v2.RandomResizedCrop(size, scale=(0.35, 1), antialias=True), v2.RandomHorizontalFlip()]
+            steps = [v2.RandomResizedCrop(size, scale=(0.35, 1), **resize), v2.RandomHorizontalFlip()]
         elif task == "classify":
-            steps = [v2.Resize(size, antialias=True), v2.CenterCrop(size)]
+            steps = [v2.Resize(size, **resize), v2.CenterCrop(size)]
         else:                                                           # the whole photo, squeezed to a square
-            steps = [v2.Resize((size, size), antialias=True)]
+            steps = [v2.Resize((size, size), **resize)]
         self.transform = v2.Compose([v2.ToImage(), *steps])
 
     def __len__(self):
@@ -229,7 +230,7 @@ def load_backbone(spec, from_scratch):
     """FILE, NAME, FILE:OPERATOR -> (ViT, the stages behind it in words)."""
     file, _, operator = spec.rpartition(":") if spec.rpartition(":")[2] in OPERATORS else (spec, "", None)
     if from_scratch:
-        arch = KNOWN[file][0] if file in KNOWN else load_vit(file).arch
+        arch = KNOWN[file].arch if file in KNOWN else load_vit(file).arch
         return ViT(arch, operator or "softmax"), "scratch"
     vit = load_vit(file)
     if operator and operator != vit.attention:
@@ -246,15 +247,16 @@ def predict(args, device):
     paths, vit, classes = find_images(args.predict), load_vit(args.weights[0]).to(device), facts["classes"]
     head = make_head(vit.arch, facts["task"], len(classes)).to(device)
     head.load_state_dict({name[5:]: tensor for name, tensor in tensors.items() if name.startswith("head.")})
-    whole = Labelled([(path, 0) for path in paths], "classify", facts["size"], augment=False)
+    whole = Labelled([(path, 0) for path in paths], "classify", facts["size"], augment=False, resize=vit.arch.interpolation)
+    resize = v2.InterpolationMode(vit.arch.interpolation)
     out = open_out(args.out, vit) if facts["task"] == "segment" else None
     for i, path in enumerate(paths):
         if facts["task"] == "classify":
             share, best = head(features(vit, whole[i][0][None].to(device), "classify")).softmax(1)[0].max(0)
             print(f"{path}\t{classes[best]}\t{share:.3f}")
             continue
-        photo = v2.functional.to_image(read_image(path))
-        squeezed = v2.functional.resize(photo, [facts["size"]] * 2, antialias=True)[None].to(device)
+        photo = read_image(path)
+        squeezed = v2.functional.resize(photo, [facts["size"]] * 2, resize, antialias=True)[None].to(device)
         logits = F.interpolate(head(features(vit, squeezed, "segment")), size=photo.shape[1:], mode="bilinear")
         mask = logits.argmax(1)[0].to(torch.uint8).cpu()
         target = out / path.relative_to(args.predict).with_suffix(".png")
@@ -272,13 +274,14 @@ def main(argv=None):
 
     for spec in args.weights:                                           # all of --weights must be good before we start
         model, _ = load_backbone(spec, args.from_scratch)
+        args.size = model.arch.pixels[0] if args.size is None else args.size
         model.grid(args.size, args.size)
     source, val_source, classes = load_data(args.data, args.task)
     out = open_out(args.out, model, copies=len(args.weights))
     workers = min(8, os.cpu_count() or 1) if device == "cuda" else 0
     loader = dict(num_workers=workers, pin_memory=device == "cuda")
-    train_set = Labelled(source, args.task, args.size, augment=not args.freeze)
-    val_set = Labelled(val_source, args.task, args.size, augment=False)
+    train_set = Labelled(source, args.task, args.size, augment=not args.freeze, resize=model.arch.interpolation)
+    val_set = Labelled(val_source, args.task, args.size, augment=False, resize=model.arch.interpolation)
     rows, guesses, log = [], [], open(out / "log.jsonl", "w", buffering=1)
 
     for i, spec in enumerate(args.weights):

@@ -23,8 +23,10 @@ import shutil
 import sys
 import tempfile
 import urllib.error
+import urllib.request
+import warnings
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
@@ -33,7 +35,14 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torchvision import datasets
+from torchvision import datasets, tv_tensors
+from torchvision.transforms.v2.functional import to_image
+
+try:                                          # torchvision's decoder, deprecated since 0.29, is the faster one: bench.py load
+    from torchvision.io import decode_image
+except ImportError:                           # a torchvision that has dropped it: Pillow reads every format
+    decode_image = None
+warnings.filterwarnings("ignore", "The image decoding and encoding")
 
 
 class InputError(Exception):
@@ -54,9 +63,27 @@ def softmax_reference(q, k, v):
     return scores.softmax(-1) @ v                                       # (B,H,N,N) @ (B,H,N,D) -> (B,H,N,D)
 
 
-def elu_plus_one(x):
-    """phi(x) = 1 + ELU(x) > 0 (Katharopoulos et al. 2020). Adding 1 to F.elu would round to 0 in bfloat16 below x = -6."""
-    return x.clamp(max=0).exp() + x.relu()
+class EluPlusOne(torch.autograd.Function):
+    """phi(x) = 1 + ELU(x) > 0 (Katharopoulos et al. 2020). Adding 1 to F.elu would round to 0 in bfloat16 below x = -6.
+
+    Its slope is min(phi(x), 1). Written out, a step of linear attention takes 0.6 of the time that autograd needs (CPU).
+    """
+
+    @staticmethod
+    def forward(ctx, x):
+        y = x.clamp(max=0).exp() + x.relu()
+        ctx.save_for_backward(y)
+        return y
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * ctx.saved_tensors[0].clamp(max=1)
+
+
+elu_plus_one = EluPlusOne.apply
+
+
+CHUNK = 1024                                  # tokens; what a chunk needs stays in a CPU's cache: bench.py, README
 
 
 def linear_attention(q, k, v, phi=elu_plus_one):
@@ -64,19 +91,24 @@ def linear_attention(q, k, v, phi=elu_plus_one):
 
     The brackets move: phi(q) (phi(k)^T v) never forms the N x N map. Paper: phi, its scale and eps are not published;
     here: 1 + ELU, no scale, no eps, because dividing phi(q) *before* the product is safe in every dtype at any N:
-    the sum over N tokens, which leaves float16's range at N = 785, is taken in float32. float64 stays float64.
+    sums over N tokens, which leave float16's range at N = 785, are taken in float32. float64 stays float64.
     """
     with torch.autocast(v.device.type, enabled=False):                  # the dtypes below are chosen, not inherited
         dtype = v.dtype
         work = torch.float32 if dtype == torch.float16 else dtype       # float16: right first, its few GPUs are old
         wide = torch.promote_types(work, torch.float32)
-        q, k, v = phi(q.to(work)), phi(k.to(work)), v.to(work)
-        k_sum = k.sum(-2, keepdim=True, dtype=wide)                     # (B,H,1,D)
-        total = (q * k_sum).sum(-1, keepdim=True)                       # (B,H,N,1), the normaliser of each query
-        total = total.masked_fill(total < torch.finfo(wide).tiny, 1)    # relu: no feature active gives 0, not NaN
-        q = (q / total).to(work)
-        kv = k.transpose(-2, -1) @ v                                    # (B,H,D,N) @ (B,H,N,D) -> (B,H,D,D)
-        return (q @ kv).to(dtype)                                       # (B,H,N,D) @ (B,H,D,D) -> (B,H,N,D)
+        n = CHUNK if v.device.type == "cpu" else v.shape[-2]            # a GPU wants few large kernels
+        kv, k_sum, out = 0, 0, []
+        for k_n, v_n in zip(k.split(n, dim=-2), v.split(n, dim=-2)):
+            k_n = phi(k_n.to(work))
+            kv = kv + (k_n.mT @ v_n.to(work)).to(wide)                  # (B,H,D,n) @ (B,H,n,D) -> (B,H,D,D)
+            k_sum = k_sum + k_n.sum(-2, keepdim=True, dtype=wide)       # (B,H,1,D)
+        for q_n in q.split(n, dim=-2):
+            q_n = phi(q_n.to(work))
+            total = (q_n * k_sum).sum(-1, keepdim=True)                 # (B,H,n,1), the normaliser of each query
+            total = total.masked_fill(total < torch.finfo(wide).tiny, 1)    # relu: no feature active gives 0, not NaN
+            out.append((q_n / total).to(work) @ kv.to(work))            # (B,H,n,D) @ (B,H,D,D) -> (B,H,n,D)
+        return torch.cat(out, dim=-2).to(dtype)
 
 
 ATTENTION = {
@@ -117,10 +149,19 @@ class Architecture:
     cls_position: bool = True                 # the position table's first row belongs to CLS
     registers: int = 0                        # R
     layerscale: bool = False
-    position: str = "timm"                    # how the table is resized: "timm" or "dinov2", see ViT.positions
+    position: str = "timm"                    # a table resized by "timm"'s or "dinov2"'s rule, or "rotary": no table
     eps: float = 1e-6                         # of every LayerNorm
     mean: tuple = (0.485, 0.456, 0.406)       # of the pixels in [0, 1] that the weights were trained on: ImageNet's
     std: tuple = (0.229, 0.224, 0.225)
+    act: str = "gelu"                         # of the MLP, one of ACTIVATIONS
+    norm_pre: bool = False                    # a LayerNorm before the first block, and no bias in the patch embedding
+    qkv_bias: bool = True
+    interpolation: str = "bicubic"            # how photos were resized for the weights
+
+    @property
+    def pixels(self):
+        """Native image size (height, width): the one that the weights were trained or last tuned at."""
+        return self.grid[0] * self.patch, self.grid[1] * self.patch
 
     @property
     def prefix(self):
@@ -128,13 +169,31 @@ class Architecture:
         return self.cls + self.registers
 
 
+def rotate(x, grid):
+    """Rotary positions of DINOv3 (arXiv 2508.10104): turn pairs of features of every patch token by its place on the grid.
+
+    x: queries or keys (B, H, prefix + N, D) -> the same shape; CLS and registers have no place and are not turned.
+    Linear attention sees the turned q and k, as softmax does. Each token is turned alone, so O(N) stays; phi comes after
+    it, so weights stay positive and sum to 1. That q . k depends on the distance alone, phi does not keep: alignment must.
+    """
+    rows, columns = (((torch.arange(n, device=x.device) + 0.5) / n) * 2 - 1 for n in grid)    # centres, -1 to 1
+    place = torch.stack(torch.meshgrid(rows, columns, indexing="ij"), dim=-1).view(-1, 2, 1)  # (N, 2, 1)
+    quarter = x.shape[-1] // 4
+    period = 100 ** (torch.arange(quarter, device=x.device) / quarter)
+    angle = (2 * math.pi * place / period).flatten(1).repeat(1, 2)      # (N, 2, D/4) -> (N, D/2) -> (N, D)
+    prefix, patches = x.tensor_split([x.shape[-2] - len(angle)], dim=-2)
+    first, second = patches.chunk(2, dim=-1)
+    turned = patches * angle.cos() + torch.cat([-second, first], dim=-1) * angle.sin()
+    return torch.cat([prefix, turned.to(x.dtype)], dim=-2)
+
+
 class Attention(nn.Module):
     """Multi-head self-attention in three steps, so that a stage can look between them."""
 
     def __init__(self, arch, attention):
         super().__init__()
-        self.heads, self.attention = arch.heads, attention
-        self.qkv = nn.Linear(arch.width, 3 * arch.width)
+        self.heads, self.attention, self.rotary = arch.heads, attention, arch.position == "rotary"
+        self.qkv = nn.Linear(arch.width, 3 * arch.width, bias=arch.qkv_bias)
         self.proj = nn.Linear(arch.width, arch.width)
         if attention == "hedgehog":
             self.map_q = Hedgehog(arch.heads, arch.width // arch.heads)
@@ -148,8 +207,10 @@ class Attention(nn.Module):
     def attend(self, q, k, v, grid):
         """q, k, v (B, H, N, D) -> (B, N, C), heads side by side.
 
-        The last rows * columns tokens lie on the grid. No operator here looks at it; a convolution on V would.
+        The last rows * columns tokens lie on the grid. Rotary positions look at it; a convolution on V would.
         """
+        if self.rotary:
+            q, k = rotate(q, grid), rotate(k, grid)
         if self.attention == "hedgehog":
             x = linear_attention(self.map_q(q), self.map_k(k), v, phi=nn.Identity())
         else:
@@ -169,14 +230,18 @@ class LayerScale(nn.Module):
         return x * self.gamma
 
 
+ACTIVATIONS = {"gelu": F.gelu, "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x)}    # OpenAI's CLIP has the second
+
+
 class Mlp(nn.Module):
     def __init__(self, arch):
         super().__init__()
+        self.act = arch.act
         self.fc1 = nn.Linear(arch.width, arch.hidden)
         self.fc2 = nn.Linear(arch.hidden, arch.width)
 
     def forward(self, x):
-        return self.fc2(F.gelu(self.fc1(x)))
+        return self.fc2(ACTIVATIONS[self.act](self.fc1(x)))
 
 
 class Block(nn.Module):
@@ -198,7 +263,7 @@ class Block(nn.Module):
 class PatchEmbed(nn.Module):
     def __init__(self, arch):
         super().__init__()
-        self.proj = nn.Conv2d(3, arch.width, kernel_size=arch.patch, stride=arch.patch)
+        self.proj = nn.Conv2d(3, arch.width, kernel_size=arch.patch, stride=arch.patch, bias=not arch.norm_pre)
 
     def forward(self, images):
         """(B, 3, H, W) -> (B, N, C), row by row."""
@@ -206,7 +271,7 @@ class PatchEmbed(nn.Module):
 
 
 class ViT(nn.Module):
-    """Pre-norm Vision Transformer: DINOv2 (LayerScale, registers), DINO, DeiT and other supervised ViTs.
+    """Pre-norm Vision Transformer of every family in FAMILIES.
 
     `attention` is one of OPERATORS. `facts` is what the header of its weight file says of its origin.
     """
@@ -216,13 +281,14 @@ class ViT(nn.Module):
         if attention not in OPERATORS:
             raise InputError(f"attention '{attention}' is unknown: expected one of {', '.join(OPERATORS)}")
         self.arch, self.attention, self.facts = arch, attention, {}
-        rows = arch.grid[0] * arch.grid[1] + arch.cls_position
         self.patch_embed = PatchEmbed(arch)
-        self.pos_embed = nn.Parameter(torch.zeros(1, rows, arch.width))
+        if arch.position != "rotary":                                   # DINOv3 has no table
+            self.pos_embed = nn.Parameter(torch.zeros(1, arch.grid[0] * arch.grid[1] + arch.cls_position, arch.width))
         if arch.cls:
             self.cls_token = nn.Parameter(torch.zeros(1, 1, arch.width))
         if arch.registers:
             self.reg_token = nn.Parameter(torch.zeros(1, arch.registers, arch.width))
+        self.norm_pre = nn.LayerNorm(arch.width, eps=arch.eps) if arch.norm_pre else nn.Identity()    # CLIP
         self.blocks = nn.ModuleList(Block(arch, attention) for _ in range(arch.depth))
         self.norm = nn.LayerNorm(arch.width, eps=arch.eps)
         for name, tensor in self.named_parameters():                    # the usual start, for training from scratch
@@ -261,15 +327,15 @@ class ViT(nn.Module):
     def embed(self, images):
         """Normalised images (B, 3, H, W), H and W multiples of the patch -> tokens (B, 1+R+N, C), grid."""
         B, _, height, width = images.shape
-        grid = self.grid(height, width)
-        cls_position, table = self.positions(grid)
-        tokens = [self.patch_embed(images) + table]
-        if self.arch.registers:
-            tokens.insert(0, self.reg_token.expand(B, -1, -1))          # registers have no position
-        if self.arch.cls:
-            cls = self.cls_token + cls_position if self.arch.cls_position else self.cls_token
-            tokens.insert(0, cls.expand(B, -1, -1))
-        return torch.cat(tokens, dim=1), grid
+        grid, x = self.grid(height, width), self.patch_embed(images)
+        tokens = ([self.cls_token] if self.arch.cls else []) + ([self.reg_token] if self.arch.registers else [])
+        if self.arch.position != "rotary":
+            cls_position, table = self.positions(grid)
+            x = x + table
+            if self.arch.cls_position:
+                tokens[0] = tokens[0] + cls_position                    # registers never have a position
+        x = torch.cat([*(token.expand(B, -1, -1) for token in tokens), x], dim=1)
+        return self.norm_pre(x), grid
 
     def forward(self, images):
         """Normalised images (B, 3, H, W) -> tokens (B, 1+R+N, C) after the final norm: CLS, registers, patches."""
@@ -282,55 +348,118 @@ class ViT(nn.Module):
 # ---------------------------------------------------------------------------------------------------------------------
 # Weights: known names, reading, converting, saving.
 
-FACEBOOK = "https://dl.fbaipublicfiles.com/"
+HUB = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+SIZES = {"tiny": (192, 12), "small": (384, 12), "base": (768, 12), "large": (1024, 24)}    # width, depth; heads of 64
+HALF = dict(mean=(0.5,) * 3, std=(0.5,) * 3)
+CLIP = dict(norm_pre=True, eps=1e-5, mean=(0.48145466, 0.4578275, 0.40821073), std=(0.26862954, 0.26130258, 0.27577711))
+QUICK = CLIP | dict(act="quick_gelu")
+DINOV3 = dict(position="rotary", layerscale=True, registers=4, cls_position=False, qkv_bias=False, eps=1e-5)
+LICENCES = {"lvd1689m": "dinov3-license", "laion400m_e32": "mit"}      # by tag; all others: apache-2.0
+FAMILIES = (                                  # timm's name, tags (a name without one means the first), pixels, what it has
+    ("vit_{}_patch14_dinov2", "small base large", "lvd142m", 518, dict(layerscale=True, position="dinov2")),
+    ("vit_{}_patch14_reg4_dinov2", "small base large", "lvd142m", 518, dict(layerscale=True, registers=4, cls_position=False)),
+    ("vit_{}_patch16_dinov3", "small base large", "lvd1689m", 256, DINOV3),
+    ("vit_{}_patch16_clip_quickgelu_224", "base", "openai", 224, QUICK),
+    ("vit_{}_patch32_clip_quickgelu_224", "base", "openai laion400m_e32", 224, QUICK),
+    ("vit_{}_patch14_clip_quickgelu_224", "large", "openai", 224, QUICK),
+    ("vit_{}_patch16_clip_224", "base", "laion2b openai", 224, CLIP),
+    ("vit_{}_patch32_clip_224", "base", "laion2b openai", 224, CLIP),
+    ("vit_{}_patch14_clip_224", "large", "laion2b", 224, CLIP | HALF),
+    ("vit_{}_patch14_clip_224", "large", "openai", 224, CLIP),
+    ("vit_{}_patch16_siglip_224", "base", "webli v2_webli", 224, HALF | dict(cls=False, cls_position=False)),
+    ("vit_{}_patch16_siglip_256", "base large", "webli v2_webli", 256, HALF | dict(cls=False, cls_position=False)),
+    ("vit_{}_patch16_siglip_384", "base large", "webli v2_webli", 384, HALF | dict(cls=False, cls_position=False)),
+    ("vit_{}_patch16_siglip_512", "base", "webli v2_webli", 512, HALF | dict(cls=False, cls_position=False)),
+    ("vit_{}_patch16_224", "base", "augreg2_in21k_ft_in1k", 224, HALF),
+    ("vit_{}_patch16_224", "tiny small base large", "augreg_in21k_ft_in1k augreg_in21k", 224, HALF),
+    ("vit_{}_patch16_384", "tiny small base large", "augreg_in21k_ft_in1k", 384, HALF),
+    ("vit_{}_patch16_224", "small base", "dino", 224, dict()),
+    ("vit_{}_patch8_224", "small base", "dino", 224, dict()),
+    ("deit_{}_patch16_224", "tiny small base", "fb_in1k", 224, dict()),
+    ("deit3_{}_patch16_224", "small base large", "fb_in1k fb_in22k_ft_in1k", 224, dict(layerscale=True, cls_position=False)),
+    ("deit3_{}_patch16_384", "small base large", "fb_in1k fb_in22k_ft_in1k", 384, dict(layerscale=True, cls_position=False)),
+)
 
 
-def vit(width, depth=12, heads=None, patch=16, grid=(14, 14), **more):
-    return Architecture(width, depth, heads or width // 64, 4 * width, patch, grid, **more)
+@dataclass(frozen=True)
+class Known:
+    """A pretrained ViT that load_vit knows by name."""
+    arch: Architecture
+    name: str                                 # timm's, with its tag
+    licence: str                              # of the weights, as timm states it
+
+    @property
+    def repository(self):
+        """On the hub. timm's QuickGELU models take their weights from the plain model's."""
+        return "timm/" + self.name.replace("_quickgelu", "")
 
 
-def dinov2(letter, width, depth=12, registers=0):
-    name, suffix = f"dinov2_vit{letter}14", "_reg4" if registers else ""
-    position = "timm" if registers else "dinov2"
-    return (vit(width, depth, patch=14, grid=(37, 37), layerscale=True, registers=registers, position=position),
-            f"dinov2/{name}/{name}{suffix}_pretrain.pth")
+def known_vits():
+    """FAMILIES spelled out: {timm's name, with its tag and without: Known}."""
+    table = {"demo": Known(Architecture(96, 6, 3, 384, patch=8, grid=(8, 8)), "demo", "mit")}     # see demo/README.md
+    for template, sizes, tags, pixels, has in FAMILIES:
+        patch = int(template.split("_patch")[1].split("_")[0])
+        for name, tag in ((template.format(size), tag) for size in sizes.split() for tag in tags.split()):
+            width, depth = SIZES[name.split("_")[1]]
+            arch = Architecture(width, depth, width // 64, 4 * width, patch, (pixels // patch, pixels // patch), **has)
+            known = Known(arch, f"{name}.{tag}", LICENCES.get(tag, "apache-2.0"))
+            table[known.name] = known
+            table.setdefault(name, known)
+    return table
 
 
-KNOWN = {                                     # timm's name: (architecture, where its official weights are, if anywhere)
-    "vit_small_patch14_dinov2": dinov2("s", 384),
-    "vit_base_patch14_dinov2": dinov2("b", 768),
-    "vit_large_patch14_dinov2": dinov2("l", 1024, depth=24),
-    "vit_small_patch14_reg4_dinov2": dinov2("s", 384, registers=4),
-    "vit_base_patch14_reg4_dinov2": dinov2("b", 768, registers=4),
-    "vit_large_patch14_reg4_dinov2": dinov2("l", 1024, depth=24, registers=4),
-    "vit_small_patch16_224.dino": (vit(384), "dino/dino_deitsmall16_pretrain/dino_deitsmall16_pretrain.pth"),
-    "vit_base_patch16_224.dino": (vit(768), "dino/dino_vitbase16_pretrain/dino_vitbase16_pretrain.pth"),
-    "deit_tiny_patch16_224": (vit(192), "deit/deit_tiny_patch16_224-a1311bcf.pth"),
-    "deit_small_patch16_224": (vit(384), "deit/deit_small_patch16_224-cd65a155.pth"),
-    "deit_base_patch16_224": (vit(768), "deit/deit_base_patch16_224-b5f2ef4d.pth"),
-    "demo": (vit(96, depth=6, heads=3, patch=8, grid=(8, 8)), None),    # the demo's teacher, see demo/README.md
-}
+KNOWN = known_vits()
 
 
-def resolve(path_or_name):
-    """A weight file's path: the file itself, or a known name's file, downloaded once into torch.hub's folder."""
-    path, (_, address) = Path(path_or_name), KNOWN.get(str(path_or_name), (None, None))
-    if path.is_file():
+class SameHost(urllib.request.HTTPRedirectHandler):
+    """Follows no redirect away from the hub: its own reply, not its store's, has the file's length and hash."""
+
+    def redirect_request(self, request, fp, code, message, headers, url):
+        return super().redirect_request(request, fp, code, message, headers, url) if url.startswith(HUB) else None
+
+
+def download(known):
+    """The file of a known ViT, fetched on first use into torch.hub's folder and checked against the hub's length and hash."""
+    url = f"{HUB}/{known.repository}/resolve/main/model.safetensors"
+    path = Path(torch.hub.get_dir(), "checkpoints", f"{known.repository.removeprefix('timm/')}.safetensors")
+    if path.exists():
         return path
-    if address is None:
-        raise InputError(f"{path_or_name} is neither a weight file nor a known name with weights: expected a .safetensors, "
-                         f".pth or .pt file, or one of {', '.join(name for name in KNOWN if KNOWN[name][1])}")
-    path = Path(torch.hub.get_dir(), "checkpoints", Path(address).name)
-    if not path.exists():
+    try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            torch.hub.download_url_to_file(FACEBOOK + address, str(path), progress=True)
-            read_weights(path)                                          # a cut download must not stay in the cache
-        except (OSError, urllib.error.URLError, InputError) as error:
-            path.unlink(missing_ok=True)
-            raise InputError(f"{path_or_name} could not be downloaded from {FACEBOOK + address} ({error}): "
-                             f"get that file by other means and put it at {path}") from None
+            headers = urllib.request.build_opener(SameHost).open(urllib.request.Request(url, method="HEAD"), timeout=30).headers
+        except urllib.error.HTTPError as reply:
+            if not 300 <= reply.code < 400:
+                raise
+            headers = reply.headers
+        digest = headers.get("X-Linked-ETag", "").strip('"')            # the sha256 of a large file
+        size = int(headers.get("X-Linked-Size") or headers.get("Content-Length") or 0)
+        torch.hub.download_url_to_file(url, str(path), hash_prefix=digest if len(digest) == 64 else None)
+        if size and path.stat().st_size != size:
+            raise InputError(f"expected {size} bytes, found {path.stat().st_size}")
+        read_weights(path)
+    except (OSError, RuntimeError, ValueError, InputError) as error:    # a cut download must not stay in the cache
+        path.unlink(missing_ok=True)
+        raise InputError(f"{known.name} could not be downloaded from {url} ({error}): "
+                         f"get that file by other means and put it at {path}") from None
+    print(f"{known.name}: downloaded to {path}, {'sha256 as the hub says' if len(digest) == 64 else 'the hub sent no sha256'}")
     return path
+
+
+def resolve(weights):
+    """FILE, NAME or NAME=FILE -> (path of the weight file, the Architecture that the name says or None)."""
+    name, _, file = str(weights).partition("=")
+    if name in KNOWN and file:                                          # a file that is said to be of this architecture
+        return Path(file), KNOWN[name].arch
+    if name in KNOWN and name != "demo" and not Path(weights).is_file():
+        if "_clip_224.openai" in KNOWN[name].name:
+            print(f"{name}: timm's model of this name has GELU, its weights were trained with QuickGELU: "
+                  f"{name.replace('clip', 'clip_quickgelu')} is exact")
+        return download(KNOWN[name]), KNOWN[name].arch
+    if not Path(weights).is_file():
+        raise InputError(f"{weights} is neither a weight file nor a known name: expected a .safetensors, .pth or .pt file, "
+                         "NAME=FILE, or a name that `python model.py` lists")
+    return Path(weights), None
 
 
 def read_weights(path):
@@ -353,59 +482,66 @@ def read_weights(path):
     return tensors, {}
 
 
+@lru_cache
+def skeleton(arch):
+    """A ViT without memory behind its tensors: only their names and shapes."""
+    with torch.device("meta"):
+        return ViT(arch)
+
+
 def architecture_of(tensors, path):
-    """The architecture that the shapes tell, for a file without our header."""
-    need = ("patch_embed.proj.weight", "pos_embed", "blocks.0.mlp.fc1.weight", "norm.weight")
+    """The one architecture in KNOWN that the names and shapes of tensors allow, for a file that does not say its own."""
+    need = ("patch_embed.proj.weight", "blocks.0.attn.qkv.weight", "norm.weight")
     if missing := [name for name in need if name not in tensors]:
         raise InputError(f"{path} holds no Vision Transformer that is known here: it lacks {', '.join(missing)}")
-    if (found := [tensors[name].dim() for name in need]) != [4, 3, 2, 1]:
-        raise InputError(f"{path}: {', '.join(need)} have {found} axes, expected [4, 3, 2, 1]")
-    width, _, patch, _ = tensors["patch_embed.proj.weight"].shape
-    cls, rows = "cls_token" in tensors, tensors["pos_embed"].shape[1]
-    side = math.isqrt(rows)
-    cls_position = cls and side * side != rows                          # 1 + 37 * 37 rows: CLS has its own
-    side = math.isqrt(rows - cls_position)
-    if side * side != rows - cls_position or width % 64 or width > 1024:
-        raise InputError(f"{path}: cannot tell the architecture from a position table of {rows} rows and width {width}, "
-                         "expected a square table and heads of 64 (width up to 1024): only a file saved by us may differ")
-    registers = tensors["reg_token"].shape[1] if "reg_token" in tensors else 0
-    layerscale = "blocks.0.ls1.gamma" in tensors
-    return Architecture(
-        width=width, heads=width // 64,                                 # published ViTs Ti to L: heads of 64
-        depth=1 + max(int(name.split(".")[1]) for name in tensors if name.startswith("blocks.")),
-        hidden=tensors["blocks.0.mlp.fc1.weight"].shape[0], patch=patch, grid=(side, side), cls=cls,
-        cls_position=cls_position, registers=registers, layerscale=layerscale,
-        position="dinov2" if layerscale and cls_position and not registers else "timm")
+    found = {(name, tensor.shape) for name, tensor in tensors.items()}
+    odd = {known.name: len(found ^ {(name, tensor.shape) for name, tensor in skeleton(known.arch).state_dict().items()})
+           for known in KNOWN.values() if known.arch.width == len(tensors["norm.weight"])}
+    names = [name for name in odd if odd[name] == min(odd.values())]
+    if not names:
+        raise InputError(f"{path}: no known ViT has its width, {len(tensors['norm.weight'])}: only a file saved by us may differ")
+    check_tensors(skeleton(KNOWN[names[0]].arch), tensors, path)
+    if len({KNOWN[name].arch for name in names}) > 1:
+        raise InputError(f"{path} does not say what it is, and its shapes fit several that differ in activation, eps, position "
+                         f"rule or pixels: write NAME={path} with one of {', '.join(names)}")
+    return KNOWN[names[0]].arch
 
 
-def load_vit(path_or_name, attention=None):
+def load_vit(spec, weights=None, attention=None, arch=None):
     """A pretrained ViT or a student of ours, on the CPU, float32, in eval mode.
 
-    path_or_name: a .safetensors, .pth or .pt file (timm's, DINOv2's or our tensor names), or a name in KNOWN.
+    spec: a name in KNOWN (timm's, with or without tag; downloads on first use), a file, or NAME=FILE.
+    weights: a file to read as the architecture that the name says; the same as NAME=FILE.
     attention: one of OPERATORS; None keeps what the file's header says, softmax where it says nothing.
-    Raises InputError: no such file, not readable, or any tensor missing, unexpected or mis-shaped.
+    arch: the Architecture of a file that has neither header nor name; None finds it in the shapes, or refuses.
+    Files: .safetensors, .pth, .pt, with timm's, DINO's, DINOv2's, DeiT's or our own tensor names.
+    Raises InputError: no such file, not readable, ambiguous, or any tensor missing, unexpected or mis-shaped.
     """
-    path = resolve(path_or_name)
+    path, named = resolve(f"{spec}={weights}" if weights else spec)
     tensors, header = read_weights(path)
-    if "register_tokens" in tensors:                                    # DINOv2's name -> timm's
-        tensors["reg_token"] = tensors.pop("register_tokens")
     aside = ("mask_token", "head", "fc_norm", "attn_pool")              # of other tasks, not of the backbone
     skipped = [name for name in tensors if name.startswith(aside)]
-    tensors = {name: tensor for name, tensor in tensors.items() if name not in skipped}
     if skipped and not header:
         print(f"{path}: skipped on purpose: {', '.join(skipped)}")
+    tensors = {name.replace("gamma_1", "ls1.gamma").replace("gamma_2", "ls2.gamma"): tensor      # timm's DINOv3
+               for name, tensor in tensors.items() if name not in skipped}
+    if "register_tokens" in tensors:                                    # DINOv2's own files: timm adds CLS's position
+        tensors["reg_token"] = tensors.pop("register_tokens")           # to CLS and keeps the patches' alone
+        cls_position, tensors["pos_embed"] = tensors["pos_embed"].tensor_split([1], dim=1)
+        tensors["cls_token"] = tensors["cls_token"] + cls_position
     try:
-        known = header["architecture"].items() if header else asdict(architecture_of(tensors, path)).items()
-        arch = Architecture(**{key: tuple(value) if isinstance(value, list) else value for key, value in known})
-        saved = header.get("attention", "softmax")
+        said = header.get("architecture")
+        if said is not None:
+            said = Architecture(**{key: tuple(value) if isinstance(value, list) else value for key, value in said.items()})
+        if said and named and said != named:
+            raise InputError(f"{path} says that it is {said}, not {named} as its name does")
+        arch, saved = said or named or arch or architecture_of(tensors, path), header.get("attention", "softmax")
         model = ViT(arch, saved)
     except InputError:
         raise
     except Exception as error:                                          # junk in a header makes nearly anything
         raise InputError(f"{path} has a header or tensor names of another version or program: {error}") from None
     check_tensors(model, tensors, path)
-    if not header:
-        print(f"{path}: assumed, as it does not say: heads of 64, eps {arch.eps}, pixels normalised with {arch.mean}, {arch.std}")
     model.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
     if attention not in (None, saved):
         model = linearize(model, attention)
@@ -445,6 +581,8 @@ def save_vit(model, path, head=None, **facts):
     """
     path = Path(path)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    if model.arch.position == "rotary":                                 # timm's names, so that timm reads our students
+        tensors = {name.replace("ls1.gamma", "gamma_1").replace("ls2.gamma", "gamma_2"): t for name, t in tensors.items()}
     tensors |= {f"head.{name}": t.detach().cpu().contiguous() for name, t in (head.state_dict() if head else {}).items()}
     if "teacher" in facts and facts["teacher"]["file"] not in KNOWN:    # a path from the new file's folder: both can move
         beside = os.path.relpath(os.path.realpath(facts["teacher"]["file"]), path.parent.resolve())
@@ -481,18 +619,19 @@ def load_pair(weights, teacher=None, attention=None):
     elif teacher is None:
         if recorded is None:
             raise InputError(f"{weights} does not say which teacher it came from: give --teacher")
-        beside = resolve(weights).resolve().parent / recorded["file"]   # paths in a header start at the student's folder
+        beside = resolve(weights)[0].resolve().parent / recorded["file"]   # paths in a header start at the student's folder
         teacher = recorded["file"] if recorded["file"] in KNOWN else os.path.relpath(beside.resolve())
         print(f"teacher, inherited from {weights}: {teacher}")
-        if (found := sha256(resolve(teacher))) != recorded["sha256"]:
+        if (found := sha256(resolve(teacher)[0])) != recorded["sha256"]:
             raise InputError(f"{teacher} has changed since {weights} was aligned to it: expected a file with sha256 "
                              f"{recorded['sha256'][:12]}..., found {found[:12]}...")
-    model = load_vit(teacher)
+    model = load_vit(teacher, arch=student.arch)
     if not model.attention.startswith("softmax"):
         raise InputError(f"{teacher} cannot teach: expected softmax attention, found {model.attention}")
     if model.arch != student.arch:
         raise InputError(f"{teacher} and {weights} differ in architecture: {model.arch} and {student.arch}")
-    return model, student, {"file": str(teacher), "sha256": sha256(resolve(teacher))}
+    path = resolve(teacher)[0]
+    return model, student, {"file": str(teacher if teacher in KNOWN else path), "sha256": sha256(path)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -508,16 +647,18 @@ SETS = {                                      # torchvision's self-downloading s
 
 
 def read_image(path, decode=True):
-    """An image file as an upright RGB PIL image. decode=False only looks whether it is whole, and returns nothing."""
+    """An image file -> uint8 (3, H, W), upright, RGB. decode=False only looks whether it is whole, and returns nothing."""
     try:
+        if decode and decode_image and Path(path).suffix.lower() in (".jpg", ".jpeg"):
+            return tv_tensors.Image(decode_image(str(path), "RGB", apply_exif_orientation=True))
         with Image.open(path) as image, open(path, "rb") as file:
             if decode:
-                return ImageOps.exif_transpose(image).convert("RGB")
+                return to_image(ImageOps.exif_transpose(image).convert("RGB"))
             file.seek(-12, os.SEEK_END)
             end = file.read()
             if not (end.endswith(b"\xff\xd9") or end[4:8] == b"IEND"):  # the marks that close a JPEG and a PNG
                 image.load()                                            # no mark: decode, a cut file raises
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except (OSError, RuntimeError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise InputError(f"{path} is not a readable image: {error}") from None
 
 
@@ -611,3 +752,12 @@ def run(main):
         sys.exit(f"{Path(sys.argv[0]).name}: {str(error).strip().splitlines()[-1].removeprefix('model.InputError: ')}")
     except torch.OutOfMemoryError:
         sys.exit(f"{Path(sys.argv[0]).name}: out of GPU memory: try a lower --batch or --size")
+
+
+if __name__ == "__main__":
+    print(f"{'name (without its tag: the first of that name)':50s} M params  patch  pixels  tokens  licence")
+    for name, known in KNOWN.items():
+        if name == known.name != "demo":
+            arch, count = known.arch, sum(p.numel() for p in skeleton(known.arch).parameters())
+            print(f"{name:50s} {count / 1e6:8.1f} {arch.patch:6d} {arch.pixels[0]:7d} "
+                  f"{arch.prefix + arch.grid[0] * arch.grid[1]:7d}  {known.licence}")

@@ -34,6 +34,12 @@ every_stage = pytest.mark.parametrize("stage", MODULES)
 unlabelled = pytest.mark.parametrize("stage", ("attention", "features"))
 
 
+@pytest.fixture(autouse=True)
+def known(monkeypatch):
+    """ARCH is a known architecture, so that files without our header are recognised by their shapes."""
+    monkeypatch.setitem(model.KNOWN, "tiny", model.Known(ARCH, "tiny", "mit"))
+
+
 @pytest.fixture
 def files(tmp_path):
     """A good softmax file, a student of it, and photos for each stage, which the tests then damage."""
