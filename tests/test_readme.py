@@ -1,4 +1,5 @@
 """The pages say nothing that the code does not take, and the layout is the one that README shows."""
+import importlib.util
 import re
 import shlex
 import subprocess
@@ -8,17 +9,20 @@ import pytest
 
 import align_attention
 import align_features
+import bench
 import finetune
 
 ROOT = Path(__file__).resolve().parent.parent
 STAGES = {"align_attention.py": align_attention, "align_features.py": align_features, "finetune.py": finetune}
+SCRIPTS = STAGES | {"bench.py": bench}
 PAGES = {name: (ROOT / name).read_text() for name in ("README.md", "demo/README.md")}
 README = PAGES["README.md"]
 
 
 def commands():
-    """Every call of a stage in README's shell blocks, the demo's page and the stages' own docstrings, as words."""
-    texts = ["\n".join(re.findall(r"```sh[^\n]*\n(.*?)```", README, re.S)), PAGES["demo/README.md"], *(m.__doc__ for m in STAGES.values())]
+    """Every call of a script in README's shell blocks, the demo's page, results/*.sh and the scripts' own docstrings, as words."""
+    texts = ["\n".join(re.findall(r"```sh[^\n]*\n(.*?)```", README, re.S)), PAGES["demo/README.md"], *(m.__doc__ for m in SCRIPTS.values()),
+             (ROOT / "results/bench.sh").read_text()]
     for line in "\n".join(texts).replace("\\\n", " ").splitlines():
         for part in line.split("&&"):
             if match := re.match(r" *python (\w+\.py.*)", part):
@@ -29,17 +33,28 @@ def commands():
 def test_command_parses(command):
     """argparse leaves with SystemExit, and a missing flag raises InputError: both fail this test."""
     script, *words = command.split()
-    STAGES[script].parse(words)
+    if script == "model.py":
+        assert not words                      # it only lists what it knows
+    else:
+        SCRIPTS[script].parse(words)
 
 
-def test_every_stage_has_a_command():
-    assert {command.split()[0] for command in commands()} == set(STAGES)
+def test_every_script_has_a_command():
+    assert {command.split()[0] for command in commands()} == {*SCRIPTS, "model.py"}
 
 
 def test_the_first_block_holds_the_demo_and_the_tests():
     demo, tests = re.search(r"```sh first\n(.*?)```", README, re.S)[1].strip().splitlines()
     assert all(f"python {script}" in demo for script in STAGES) and demo.startswith("pip install -r requirements.txt")
     assert "pytest" in tests and tests.startswith("pip install -r requirements.txt")
+
+
+def test_efficiency_tables_are_those_of_the_results():
+    spec = importlib.util.spec_from_file_location("tables", ROOT / "results/tables.py")
+    tables = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tables)
+    for make in tables.TABLES:
+        assert len(make("cpu").splitlines()) > 2 and make("cpu") in README, f"{make.__name__}: python results/tables.py"
 
 
 def test_links_and_pictures_exist():

@@ -1,0 +1,79 @@
+"""README's efficiency tables, from the CSV files beside this one: python results/tables.py [device]"""
+import csv
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+
+
+def read(name):
+    """Rows of a CSV as dictionaries; numbers stay text. A file that is not there has none."""
+    path = HERE / name
+    return list(csv.DictReader(path.open())) if path.exists() else []
+
+
+def table(head, rows):
+    return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows])
+
+
+def times(value):
+    return f"{float(value):.2f}x"
+
+
+def gains(device):
+    """Images/s of the linear ViT, and how many times that of fused softmax it is."""
+    rows = read(f"bench-{device}-model-eager.csv")
+    value = {(row["model"], row["batch"], row["pixels"], row["name"]): row for row in rows if row["images_per_s"]}
+    pixels, curves = dict.fromkeys(row["pixels"] for row in rows), dict.fromkeys((row["model"], row["batch"]) for row in rows)
+
+    def cell(*point):
+        linear, softmax = value.get((*point, "linear")), value.get((*point, "softmax"))
+        if not linear:
+            return "-"
+        return f"{float(linear['images_per_s']):.2f}" + (f" ({1 / float(linear['ratio']):.2f}x)" if softmax else "")
+
+    return table(["model, batch", *(f"{p} px" for p in pixels)], [[f"{m}, {b}", *(cell(m, b, p) for p in pixels)] for m, b in curves])
+
+
+def memory(device):
+    """Peak MB of a forward pass at batch 1, on top of weights and images: written out / fused / linear."""
+    rows = read(f"bench-{device}-model-eager.csv")
+    value = {(row["model"], row["pixels"], row["name"]): f"{float(row['peak_mb']):,.0f}" for row in rows if row["batch"] == "1" and row["peak_mb"]}
+    pixels, models = dict.fromkeys(row["pixels"] for row in rows), dict.fromkeys(row["model"] for row in rows)
+    cell = lambda *point: " / ".join(value.get((*point, name), "-") for name in ("softmax_reference", "softmax", "linear"))
+    return table(["model", *(f"{p} px" for p in pixels)], [[m, *(cell(m, p) for p in pixels)] for m in models])
+
+
+def operator(device):
+    """Time of linear attention over that of its two products alone."""
+    value = {(row["heads"], row["tokens"], row["mode"], row["pass"]): times(row["ratio"]) for mode in ("eager", "compiled")
+             for row in read(f"bench-{device}-attention-{mode}.csv") if row["name"] == "linear" and row["ratio"]}
+    kinds = [(mode, kind) for kind in ("forward", "forward+backward") for mode in ("eager", "compiled")]
+    points = dict.fromkeys((heads, tokens) for heads, tokens, *_ in value if int(tokens) >= 4096)
+    return table(["heads", "tokens", *(f"{kind}, {mode}" for mode, kind in kinds)],
+                 [[h, f"{int(t):,}", *(value.get((h, t, *kind), "-") for kind in kinds)] for h, t in points])
+
+
+def training(device):
+    return table(["ViT-S/14, 224 pixels, batch 32", "in teacher forwards", "images/s", "peak MB"],
+                 [[row["name"], times(row["ratio"]), f"{float(row['images_per_s']):.1f}", f"{float(row['peak_mb']):,.0f}"]
+                  for row in read(f"bench-{device}-train-eager.csv")])
+
+
+def loading(device):
+    return table(["one worker, to 224 pixels", "images/s"],
+                 [[row["name"], f"{float(row['images_per_s']):,.0f}"] for row in read("load-speed.csv")])
+
+
+def against_timm(device):
+    value = {(row["pixels"], row["batch"], row["name"]): row["ratio"] for row in read("timm-speed.csv")}
+    points = dict.fromkeys(key[:2] for key in value)
+    return table(["pixels", "batch", "ours, softmax", "ours, linear"],
+                 [[*point, times(value[(*point, "ours")]), times(value[(*point, "ours, linear")])] for point in points])
+
+
+TABLES = (gains, memory, operator, training, loading, against_timm)
+
+if __name__ == "__main__":
+    for make in TABLES:
+        print(f"{make.__name__}\n\n{make(sys.argv[1] if sys.argv[1:] else 'cpu')}\n")
