@@ -4,12 +4,12 @@
     python bench.py model               # whole ViTs, 224 to 2,048 pixels: images/s, peak memory, the crossover
     python bench.py train               # one step of stages 1 and 2, in forward passes of their teacher
 
-Random weights, synthetic tensors. --quick takes a minute. Each part prints a table, writes --out/bench-DEVICE-PART-MODE.csv
-after every point, and draws the curves beside it if matplotlib is installed. What is compared is timed in turns, call
-by call, so that whatever else the machine does falls on all alike. Times are medians with quartiles after a warm-up.
-Memory is measured: what a call holds at its peak on top of weights and inputs. Written-out softmax is never compiled:
-the compiler would recognise it and put the fused kernel in its place. On a CPU with Linux set what results/bench.sh
-sets, or the clock shows how fresh pages are had, not how fast we compute.
+Random weights, synthetic tensors. --quick takes a minute. Each part prints a table, writes bench-DEVICE-PART-MODE.csv
+to --out after every point, and draws the curves beside it if matplotlib is installed. What is compared takes turns, each
+call timed after an untimed one of its own: other load and the caches then affect all alike. Times are medians with
+quartiles after a warm-up. Memory is measured: what a call holds at its peak on top of weights and inputs. Written-out
+softmax is never compiled: the compiler would recognise it and put the fused kernel in its place. On a CPU with Linux
+set what results/bench.sh sets, or the times are those of page faults.
 """
 import argparse
 import csv
@@ -26,10 +26,9 @@ from pathlib import Path
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 import torchvision
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn.attention import SDPBackend
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from align_attention import alignment_step, block_alignment, trained_parameters
@@ -39,7 +38,7 @@ from model import ATTENTION, KNOWN, Hedgehog, InputError, ViT, device_and_dtype,
 LENGTHS = (256, 1024, 4096, 16384, 65536)                               # tokens
 PIXELS = (224, 384, 512, 768, 1024, 1536, 2048)                         # rounded to the patch
 MODELS = {f"vit{size[0]}14": f"vit_{size}_patch14_dinov2" for size in ("small", "base", "large")}
-HEAD_DIM = 64
+HEAD_DIM = LANDMARKS = 64
 SLOW = 5.0                                    # seconds: on a CPU a curve ends after a call that takes longer
 COLUMNS = {                                   # of every CSV: what it holds, with its unit
     "part": "attention, model or train", "name": "what was called", "backend": "kernel of fused softmax",
@@ -75,19 +74,21 @@ def parse(argv):
         args.heads, args.models, args.batch = args.heads[:1], args.models[:1], args.batch[:1]
     if min(*args.heads, *args.batch, *args.points) < 1:
         raise InputError("--heads, --batch and --points: expected 1 or more of each")
+    if args.part == "attention" and any(tokens % LANDMARKS for tokens in args.points):
+        raise InputError(f"--points {args.points}: expected multiples of Nystromformer's {LANDMARKS} landmarks")
     return args
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What is compared: (q, k, v), each (B, H, N, D) -> (B, H, N, D)
 
-def nystrom_attention(q, k, v, landmarks=64):
+def nystrom_attention(q, k, v, landmarks=LANDMARKS):
     """Nystromformer (Xiong et al. 2021, Eq. 13), O(N): softmax(q k'^T) pinv(softmax(q' k'^T)) softmax(q' k^T) v.
 
-    q', k': means over `landmarks` segments. The inverse is the paper's six third-order steps. Its convolution on v has
+    q', k': means over `landmarks` segments of tokens. The inverse is the paper's six third-order steps. Its convolution on v has
     weights to be learned and no part in the approximation: left out.
     """
-    segments = lambda x: F.adaptive_avg_pool1d(x.flatten(0, 1).mT, landmarks).mT.unflatten(0, x.shape[:2])   # (B,H,64,D)
+    segments = lambda x: x.unflatten(-2, (landmarks, -1)).mean(-2)      # (B,H,N,D) -> (B,H,64,D); N is a multiple of 64
     weights = lambda a, b: (a @ b.mT * q.shape[-1] ** -0.5).softmax(-1)
     q_few, k_few = segments(q), segments(k)
     a = weights(q_few, k_few)                                           # (B,H,64,64)
@@ -112,7 +113,7 @@ def copy(q, k, v):
 def operators(heads, device, dtype):
     """{name: (q, k, v) -> (B, H, N, D)}, the rows of part attention."""
     maps = Hedgehog(heads, HEAD_DIM).to(device, dtype).requires_grad_(False)
-    hedgehog = lambda q, k, v: linear_attention(maps.forward(q), maps.forward(k), v, phi=lambda x: x)   # no module: the counter's
+    hedgehog = lambda q, k, v: linear_attention(maps.forward(q), maps.forward(k), v, phi=lambda x: x)
     return ATTENTION | {"hedgehog": hedgehog, "nystromformer": nystrom_attention, "products": products, "copy": copy}
 
 
@@ -165,8 +166,12 @@ def peak_memory(call, device):
 
 
 def count_flops(make):
-    """Operations in the matrix products of make()(), on tensors without memory: any size, no time."""
-    with FakeTensorMode(allow_non_fake_inputs=True), FlopCounterMode(display=False) as counter:
+    """Operations in the matrix products of make()(), on tensors without memory: any size, no time.
+
+    Neither compiled nor with the fused kernel, which would count as 0 operations on a CPU.
+    """
+    with FakeTensorMode(allow_non_fake_inputs=True), FlopCounterMode(display=False) as counter, \
+            sdpa_kernel(SDPBackend.MATH), torch.compiler.set_stance("force_eager"):
         make()()
     return counter.get_total_flops()
 
@@ -187,7 +192,8 @@ def measure(calls, ended, device, seconds, maps=0):
     for name, call in calls.items():
         free = int(linux("meminfo", r"MemAvailable: +(\d+) kB", 8_000_000)) * 1024
         if device == "cpu" and name == "softmax_reference" and maps > free / 2:
-            ended.setdefault(name, f"skipped: its maps need {maps / 1e9:.1f} GB, {free / 1e9:.1f} GB are free")
+            rows[name]["status"] = f"skipped: its maps need {maps / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
+            continue
         if name in ended:
             rows[name]["status"] = ended[name]
             continue
@@ -202,13 +208,15 @@ def measure(calls, ended, device, seconds, maps=0):
             times.pop(name, None)
             continue
         if device == "cpu" and times[name][0] > SLOW * 1e3:
-            ended[name] = f"ended: the point before took {times[name][0] / 1e3:.1f} s"
+            ended[name] = f"ended: an earlier point took {times[name][0] / 1e3:.1f} s"
     loops = {name: max(1, round(1 / first)) for name, (first,) in times.items()}      # a millisecond or more at a time
     repeats = {name: max(0 if name in ended else 5, min(30, int(seconds * 1e3 / first / loops[name])))
                for name, (first,) in times.items()}
     for turn in range(max(repeats.values(), default=0)):
         for name in times:
             if turn < repeats[name]:
+                if times[name][0] < 1e3:
+                    calls[name]()             # not timed: the caches hold what another call has left
                 times[name].append(timed(calls[name], device, loops[name]))
     for name, values in times.items():
         values = values[1:] or values                                   # the first only told how often to repeat
@@ -223,22 +231,20 @@ def measure(calls, ended, device, seconds, maps=0):
 def attention(args, device, dtype):
     prepare = partial(torch.compile, dynamic=False) if args.mode == "compiled" else lambda operator: operator
     for batch, heads, backward in product(args.batch, args.heads, (False, True)):
-        ended = {}
+        ended, called = {}, {name: operator if name == "softmax_reference" else prepare(operator)
+                             for name, operator in operators(heads, device, dtype).items() if name != "copy" or not backward}
         for tokens in args.points:
             torch._dynamo.reset()
             q, k, v = projected(batch, heads, tokens, device, dtype)
-            plain = operators(heads, device, dtype)
-            calls = {name: forward_or_both(operator if name == "softmax_reference" else prepare(operator),
-                                           q, k, v, backward and name != "copy") for name, operator in plain.items()}
-            plain["softmax"] = plain["softmax_reference"]               # to count: the fused kernel may count 0
-            maps = (2 + 2 * backward) * batch * heads * tokens ** 2 * v.element_size()
+            maps = (2 + backward) * batch * heads * tokens ** 2 * v.element_size()
             with torch.set_grad_enabled(backward):
-                rows = measure(calls, ended, device, 0.3 if args.quick else 3, maps)
+                rows = measure({name: forward_or_both(operator, q, k, v, backward) for name, operator in called.items()},
+                               ended, device, 0.3 if args.quick else 3, maps)
             for name, row in rows.items():
                 row |= {"heads": heads, "head_dim": HEAD_DIM, "batch": batch, "tokens": tokens, "ratio_to": "products",
                         "pass": "forward+backward" if backward else "forward", "resident_mb": 3 * v.nbytes / 1e6}
                 row["gflops"] = 1e-9 * count_flops(lambda: forward_or_both(
-                    plain[name], *projected(batch, heads, tokens, device, dtype), backward and name != "copy"))
+                    called[name], *projected(batch, heads, tokens, device, dtype), backward))
             rows["softmax"]["backend"] = SDPBackend(torch._fused_sdp_choice(q, k, v)).name.lower()
             yield rows
 
@@ -248,9 +254,8 @@ def model(args, device, dtype):
         arch, ended = KNOWN[MODELS[title]].arch, {}
         teacher = ViT(arch).to(device).eval().requires_grad_(False)
         vits = {name: linearize(teacher, name).to(dtype) for name in ("softmax_reference", "softmax", "linear")}
-        if dtype != torch.float32:            # as the paper's softmax rows of DINOv2-L look: their memory is that of written-out maps
+        if dtype != torch.float32:            # like the paper's softmax rows of DINOv2-L, by their memory
             vits["softmax_reference, float32"] = linearize(teacher, "softmax_reference")
-        plain = {"linear": linearize(teacher).to(dtype)}                # to count FLOPs: neither compiled nor fused
         for pixels in (round(p / arch.patch) * arch.patch for p in args.points):
             torch._dynamo.reset()
             for name in ("softmax", "linear") if args.mode == "compiled" else ():
@@ -263,18 +268,19 @@ def model(args, device, dtype):
             for name, row in rows.items():
                 row |= {"model": title, "heads": arch.heads, "head_dim": HEAD_DIM, "batch": batch, "pixels": pixels,
                         "tokens": tokens, "ratio_to": "softmax", "pass": "forward",
-                        "gflops": 1e-9 * count_flops(lambda: partial(plain.get(name, vits["softmax_reference"]), torch.empty_like(images, dtype=dtype))),
+                        "gflops": 1e-9 * count_flops(lambda: partial(vits[name], torch.empty_like(calls[name].args[0]))),
                         "resident_mb": (sum(p.nbytes for p in vits[name].parameters()) + calls[name].args[0].nbytes) / 1e6}
             yield rows
 
 
 def train(args, device, dtype):
-    prepare = partial(torch.compile, fullgraph=True) if args.mode == "compiled" else lambda function: function
+    prepare = partial(torch.compile, fullgraph=True, dynamic=False) if args.mode == "compiled" else lambda function: function
     arch = KNOWN[MODELS["vits14"]].arch
     teacher = ViT(arch).to(device).requires_grad_(False)
     one, two = linearize(teacher).train(), linearize(teacher).train().requires_grad_(True)
     by_block = trained_parameters(one, "qkv")
-    optimizers = {one: torch.optim.AdamW([p for block in by_block for p in block]), two: torch.optim.AdamW(two.parameters())}
+    trained = {one: [p for block in by_block for p in block], two: list(two.parameters())}
+    optimizers = {student: torch.optim.AdamW(parameters, weight_decay=0) for student, parameters in trained.items()}
     autocast = torch.autocast(device, dtype, enabled=dtype != torch.float32)
     forward, align_block, align = prepare(teacher), prepare(block_alignment), prepare(feature_alignment)
 
@@ -293,20 +299,18 @@ def train(args, device, dtype):
         with autocast:
             loss = align(teacher, two, images, LOSS["mse"])
         loss.backward()
-        nn.utils.clip_grad_norm_(two.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(trained[two], 1.0)
         optimizers[two].step()
         optimizers[two].zero_grad()
 
     for batch, pixels in product(args.batch, args.points):
+        torch._dynamo.reset()
         images = torch.randint(256, (batch, 3, pixels, pixels), dtype=torch.uint8, device=device)
         rows = measure({"teacher forward": teacher_forward, "stage 1": stage_1, "stage 2": stage_2}, {}, device, 1 if args.quick else 60)
-        for student, row in zip((None, one, two), rows.values()):
-            held = [images, *teacher.parameters()]
-            if student:                       # its weights, and AdamW's two moments of those that are trained
-                held += [*student.parameters(), *(m for state in optimizers[student].state.values() for m in state.values())]
+        for name, row in rows.items():
             row |= {"model": "vits14", "heads": arch.heads, "head_dim": HEAD_DIM, "batch": batch, "pixels": pixels,
                     "tokens": arch.prefix + (pixels // arch.patch) ** 2, "ratio_to": "teacher forward",
-                    "pass": "step" if student else "forward", "resident_mb": sum(tensor.nbytes for tensor in held) / 1e6}
+                    "pass": "forward" if name == "teacher forward" else "step"}
         yield rows
 
 
@@ -347,11 +351,15 @@ def conclude(rows):
             gains = ", ".join(f"{1 / row['ratio']:.2f}x at {row['pixels']}" for row in curve if row["name"] == "linear" and "ratio" in row)
             print(f"{title}, batch {batch}: linear is as fast as fused softmax from {crossover(curve) or 'no size measured'} pixels on ({gains})")
     elif rows[0]["part"] == "attention":
-        linear = {(row["heads"], row["batch"], row["pass"], row["tokens"]): row for row in done if row["name"] == "linear"}
+        linear, copied = ({(row["heads"], row["batch"], row["pass"], row["tokens"]): row for row in done if row["name"] == name}
+                          for name in ("linear", "copy"))
         for (heads, batch, kind, tokens), row in linear.items():
-            if longer := linear.get((heads, batch, kind, 16 * tokens)):
-                print(f"{heads} heads, batch {batch}, {kind}: from {tokens} to {16 * tokens} tokens linear costs "
-                      f"{longer['ratio'] / row['ratio']:.2f}x what it costs its two products, and {longer['peak_mb'] / row['peak_mb']:.1f}x the memory")
+            shorter, bytes_alone = linear.get((heads, batch, kind, tokens // 16)), copied.get((heads, batch, kind, tokens))
+            if shorter:
+                print(f"{heads} heads, batch {batch}, {kind}: from {tokens // 16} to {tokens} tokens linear costs "
+                      f"{row['ratio'] / shorter['ratio']:.2f}x what it costs its two products, {row['peak_mb'] / shorter['peak_mb']:.1f}x the memory")
+            if shorter and bytes_alone:
+                print(f"    at {tokens} it takes {row['median_ms'] / bytes_alone['median_ms']:.1f}x the time of moving q, k, v and out once")
 
 
 def draw(rows, path):
@@ -381,7 +389,7 @@ def draw(rows, path):
         axes[i, j].set_xticks([], minor=True)
         axes[i, j].grid(alpha=0.3)
     axes[0, 0].legend(fontsize=7)
-    figure.suptitle(f"{rows[0]['device']}, {rows[0]['dtype']}, {path.stem.split('-')[-1]}, torch {rows[0]['torch']}")
+    figure.suptitle(f"{rows[0]['device']}, {rows[0]['dtype']}, {min(row['mode'] for row in rows)}, torch {rows[0]['torch']}")
     figure.tight_layout()
     figure.savefig(path, dpi=90)
     print(f"wrote {path}")

@@ -22,12 +22,13 @@ import os
 import shutil
 import sys
 import tempfile
-import urllib.error
 import urllib.request
 import warnings
 from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
+from itertools import product
 from pathlib import Path
+from urllib.parse import urljoin
 
 import torch
 import torch.nn as nn
@@ -38,7 +39,7 @@ from safetensors.torch import save
 from torchvision import datasets, tv_tensors
 from torchvision.transforms.v2.functional import to_image
 
-try:                                          # torchvision's decoder, deprecated since 0.29, is the faster one: bench.py load
+try:                                          # torchvision's decoder, deprecated since 0.29, is the faster one: results/load-speed.csv
     from torchvision.io import decode_image
 except ImportError:                           # a torchvision that has dropped it: Pillow reads every format
     decode_image = None
@@ -71,7 +72,7 @@ class EluPlusOne(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x):
-        y = x.clamp(max=0).exp() + x.relu()
+        y = x.clamp(max=0).exp_().add_(x.relu())                        # in place: less memory to go through
         ctx.save_for_backward(y)
         return y
 
@@ -83,7 +84,7 @@ class EluPlusOne(torch.autograd.Function):
 elu_plus_one = EluPlusOne.apply
 
 
-CHUNK = 1024                                  # tokens; what a chunk needs stays in a CPU's cache: bench.py, README
+CHUNK = 1024                                  # tokens; what a chunk needs stays in a CPU's cache: results/operator.csv
 
 
 def linear_attention(q, k, v, phi=elu_plus_one):
@@ -95,9 +96,10 @@ def linear_attention(q, k, v, phi=elu_plus_one):
     """
     with torch.autocast(v.device.type, enabled=False):                  # the dtypes below are chosen, not inherited
         dtype = v.dtype
-        work = torch.float32 if dtype == torch.float16 else dtype       # float16: right first, its few GPUs are old
+        work = torch.float32 if dtype == torch.float16 else dtype       # float16: accuracy first, only GPUs without bfloat16 use it
         wide = torch.promote_types(work, torch.float32)
-        n = CHUNK if v.device.type == "cpu" else v.shape[-2]            # a GPU wants few large kernels
+        eager_cpu = v.device.type == "cpu" and not torch.compiler.is_compiling()
+        n = CHUNK if eager_cpu else v.shape[-2]                         # else one chunk: a compiler fuses what chunks keep near
         kv, k_sum, out = 0, 0, []
         for k_n, v_n in zip(k.split(n, dim=-2), v.split(n, dim=-2)):
             k_n = phi(k_n.to(work))
@@ -107,8 +109,8 @@ def linear_attention(q, k, v, phi=elu_plus_one):
             q_n = phi(q_n.to(work))
             total = (q_n * k_sum).sum(-1, keepdim=True)                 # (B,H,n,1), the normaliser of each query
             total = total.masked_fill(total < torch.finfo(wide).tiny, 1)    # relu: no feature active gives 0, not NaN
-            out.append((q_n / total).to(work) @ kv.to(work))            # (B,H,n,D) @ (B,H,D,D) -> (B,H,n,D)
-        return torch.cat(out, dim=-2).to(dtype)
+            out.append(((q_n / total).to(work) @ kv.to(work)).transpose(1, 2))      # (B,H,n,D) @ (B,H,D,D) -> (B,n,H,D)
+        return torch.cat(out, dim=1).transpose(1, 2).to(dtype)          # laid out as the network goes on: heads side by side
 
 
 ATTENTION = {
@@ -173,8 +175,8 @@ def rotate(x, grid):
     """Rotary positions of DINOv3 (arXiv 2508.10104): turn pairs of features of every patch token by its place on the grid.
 
     x: queries or keys (B, H, prefix + N, D) -> the same shape; CLS and registers have no place and are not turned.
-    Linear attention sees the turned q and k, as softmax does. Each token is turned alone, so O(N) stays; phi comes after
-    it, so weights stay positive and sum to 1. That q . k depends on the distance alone, phi does not keep: alignment must.
+    Linear attention sees the turned q and k, as softmax does, so O(N) and positive weights that sum to 1 stay. That
+    q . k depends on the offset of two patches alone does not: stage 1 must learn around it.
     """
     rows, columns = (((torch.arange(n, device=x.device) + 0.5) / n) * 2 - 1 for n in grid)    # centres, -1 to 1
     place = torch.stack(torch.meshgrid(rows, columns, indexing="ij"), dim=-1).view(-1, 2, 1)  # (N, 2, 1)
@@ -390,50 +392,41 @@ class Known:
 
     @property
     def repository(self):
-        """On the hub. timm's QuickGELU models take their weights from the plain model's."""
-        return "timm/" + self.name.replace("_quickgelu", "")
+        """timm's, on the hub. Its QuickGELU models take their weights from the plain model's."""
+        return self.name.replace("_quickgelu", "")
 
 
-def known_vits():
-    """FAMILIES spelled out: {timm's name, with its tag and without: Known}."""
-    table = {"demo": Known(Architecture(96, 6, 3, 384, patch=8, grid=(8, 8)), "demo", "mit")}     # see demo/README.md
-    for template, sizes, tags, pixels, has in FAMILIES:
-        patch = int(template.split("_patch")[1].split("_")[0])
-        for name, tag in ((template.format(size), tag) for size in sizes.split() for tag in tags.split()):
-            width, depth = SIZES[name.split("_")[1]]
-            arch = Architecture(width, depth, width // 64, 4 * width, patch, (pixels // patch, pixels // patch), **has)
-            known = Known(arch, f"{name}.{tag}", LICENCES.get(tag, "apache-2.0"))
-            table[known.name] = known
-            table.setdefault(name, known)
-    return table
+KNOWN = {"demo": Known(Architecture(96, 6, 3, 384, patch=8, grid=(8, 8)), "demo", "mit")}     # see demo/README.md
+for template, sizes, tags, pixels, has in FAMILIES:                     # spelled out: timm's names, with tag and without
+    for name, tag in product(map(template.format, sizes.split()), tags.split()):
+        (width, depth), patch = SIZES[name.split("_")[1]], int(name.split("_patch")[1].split("_")[0])
+        arch = Architecture(width, depth, width // 64, 4 * width, patch, (pixels // patch,) * 2, **has)
+        KNOWN[f"{name}.{tag}"] = known = Known(arch, f"{name}.{tag}", LICENCES.get(tag, "apache-2.0"))
+        KNOWN.setdefault(name, known)
 
 
-KNOWN = known_vits()
+class HubsReply(urllib.request.HTTPRedirectHandler):
+    """Follows no redirect to another host: the hub's own reply, not its store's, has the file's length and hash."""
 
+    def http_error_302(self, request, reply, code, message, headers):
+        there = urljoin(request.full_url, headers.get("Location", ""))
+        return super().http_error_302(request, reply, code, message, headers) if there.startswith(HUB) else reply
 
-class SameHost(urllib.request.HTTPRedirectHandler):
-    """Follows no redirect away from the hub: its own reply, not its store's, has the file's length and hash."""
-
-    def redirect_request(self, request, fp, code, message, headers, url):
-        return super().redirect_request(request, fp, code, message, headers, url) if url.startswith(HUB) else None
+    http_error_301 = http_error_303 = http_error_307 = http_error_308 = http_error_302
 
 
 def download(known):
     """The file of a known ViT, fetched on first use into torch.hub's folder and checked against the hub's length and hash."""
-    url = f"{HUB}/{known.repository}/resolve/main/model.safetensors"
-    path = Path(torch.hub.get_dir(), "checkpoints", f"{known.repository.removeprefix('timm/')}.safetensors")
+    url = f"{HUB}/timm/{known.repository}/resolve/main/model.safetensors"
+    path = Path(torch.hub.get_dir(), "checkpoints", f"{known.repository}.safetensors")
     if path.exists():
         return path
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            headers = urllib.request.build_opener(SameHost).open(urllib.request.Request(url, method="HEAD"), timeout=30).headers
-        except urllib.error.HTTPError as reply:
-            if not 300 <= reply.code < 400:
-                raise
-            headers = reply.headers
-        digest = headers.get("X-Linked-ETag", "").strip('"')            # the sha256 of a large file
-        size = int(headers.get("X-Linked-Size") or headers.get("Content-Length") or 0)
+        ask = urllib.request.Request(url, method="HEAD")
+        reply = urllib.request.build_opener(HubsReply).open(ask, timeout=30)
+        digest = reply.headers.get("X-Linked-ETag", "").strip('"')      # the sha256 of a large file
+        size = int(reply.headers.get("X-Linked-Size" if reply.status >= 300 else "Content-Length") or 0)
         torch.hub.download_url_to_file(url, str(path), hash_prefix=digest if len(digest) == 64 else None)
         if size and path.stat().st_size != size:
             raise InputError(f"expected {size} bytes, found {path.stat().st_size}")
@@ -449,17 +442,17 @@ def download(known):
 def resolve(weights):
     """FILE, NAME or NAME=FILE -> (path of the weight file, the Architecture that the name says or None)."""
     name, _, file = str(weights).partition("=")
-    if name in KNOWN and file:                                          # a file that is said to be of this architecture
+    if file and name in KNOWN:
         return Path(file), KNOWN[name].arch
-    if name in KNOWN and name != "demo" and not Path(weights).is_file():
-        if "_clip_224.openai" in KNOWN[name].name:
-            print(f"{name}: timm's model of this name has GELU, its weights were trained with QuickGELU: "
-                  f"{name.replace('clip', 'clip_quickgelu')} is exact")
-        return download(KNOWN[name]), KNOWN[name].arch
-    if not Path(weights).is_file():
+    if Path(weights).is_file():
+        return Path(weights), None
+    if name not in KNOWN or name == "demo":                             # the demo's file is in demo/, not on the hub
         raise InputError(f"{weights} is neither a weight file nor a known name: expected a .safetensors, .pth or .pt file, "
                          "NAME=FILE, or a name that `python model.py` lists")
-    return Path(weights), None
+    if "_clip_224.openai" in KNOWN[name].name:
+        print(f"{name}: timm's model of this name has GELU, its weights were trained with QuickGELU: "
+              f"{name.replace('clip', 'clip_quickgelu')} is exact")
+    return download(KNOWN[name]), KNOWN[name].arch
 
 
 def read_weights(path):
@@ -550,16 +543,15 @@ def load_vit(spec, weights=None, attention=None, arch=None):
 
 
 def check_tensors(model, tensors, path):
-    """Refuse a file whose tensors are not exactly the model's, naming (at most five each of) those that differ."""
-    want, some = model.state_dict(), lambda names: ", ".join(names[:5]) + (f" and {len(names) - 5} more" if names[5:] else "")
-    missing = [name for name in want if name not in tensors]
-    unexpected = [name for name in tensors if name not in want]
-    misshaped = [f"{name} {tuple(tensors[name].shape)} instead of {tuple(want[name].shape)}" for name in want
-                 if name in tensors and tensors[name].shape != want[name].shape]
-    found = [f"{kind}: {some(names)}" for kind, names in
-             (("missing", missing), ("unexpected", unexpected), ("mis-shaped", misshaped)) if names]
-    if found:
-        raise InputError(f"{path} does not fit a ViT of width {model.arch.width}, depth {model.arch.depth}: {'; '.join(found)}")
+    """Refuse a file whose tensors are not exactly the model's, naming (at most five of) those that differ."""
+    want = model.state_dict()
+    wrong = [f"missing: {name}" for name in want if name not in tensors]
+    wrong += [f"unexpected: {name}" for name in tensors if name not in want]
+    wrong += [f"mis-shaped: {name} {tuple(tensors[name].shape)} instead of {tuple(want[name].shape)}" for name in want
+              if name in tensors and tensors[name].shape != want[name].shape]
+    if wrong:
+        more = f" and {len(wrong) - 5} more" * (len(wrong) > 5)
+        raise InputError(f"{path} does not fit a ViT of width {model.arch.width}, depth {model.arch.depth}: {'; '.join(wrong[:5])}{more}")
 
 
 def linearize(model, attention="linear"):
@@ -690,7 +682,7 @@ def open_set(name, held_out, root="data"):
             return kind(root, download=True, **part)
     except ModuleNotFoundError as error:
         raise InputError(f"--data {name} needs a package that is not installed: pip install {error.name}") from None
-    except (OSError, RuntimeError, urllib.error.URLError) as error:
+    except (OSError, RuntimeError) as error:
         raise InputError(f"--data {name} could not be downloaded to {root} ({error})") from None
 
 

@@ -130,7 +130,7 @@ def test_quickgelu_is_where_timm_has_it(name, tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", NAMES)
 def test_facts_are_timms(name):
     known, cfg = KNOWN[name], timm.get_pretrained_cfg(name)
-    assert name in timm.list_pretrained() and known.repository == cfg.hf_hub_id
+    assert name in timm.list_pretrained() and f"timm/{known.repository}" == cfg.hf_hub_id
     arch = known.arch
     assert (tuple(cfg.mean), tuple(cfg.std), cfg.interpolation) == (arch.mean, arch.std, arch.interpolation)
     assert cfg.input_size[1:] == arch.pixels

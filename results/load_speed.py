@@ -1,0 +1,46 @@
+"""How fast one loader worker makes training images of photos: python results/load_speed.py photos/
+
+Writes results/load-speed.csv: images/s of decoding alone, of the stages' own Photos (decode, crop, resize, flip), and of
+the same with Pillow's decoder, each on one thread over the same photos, in turns.
+"""
+import csv
+import platform
+import sys
+from pathlib import Path
+
+import torch
+import torchvision
+from PIL import Image, ImageOps
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import bench
+from align_attention import Photos
+from model import find_images, read_image
+
+PIXELS, PHOTOS = 224, 256
+
+
+def main(folder):
+    paths = find_images(folder)
+    paths = paths[::max(1, len(paths) // PHOTOS)]
+    torch.set_num_threads(1)                  # as in a loader's worker
+    photos = Photos(paths, PIXELS, augment=True)
+    with_pillow = lambda path: photos.transform(ImageOps.exif_transpose(Image.open(path)).convert("RGB"))
+    points = bench.measure({"decode": lambda: [read_image(path) for path in paths],
+                            "decode, augment": lambda: [photos[i] for i in range(len(photos))],
+                            "decode, augment with Pillow": lambda: [with_pillow(path) for path in paths]}, {}, "cpu", seconds=20)
+    chip = bench.linux("cpuinfo", "model name.*: (.*)", platform.machine())
+    rows = [{"name": name, "images_per_s": f"{len(paths) / point['median_ms'] * 1e3:.0f}", "pixels": PIXELS, "photos": len(paths)} | {
+             key: f"{point[key]:.2f}" for key in ("median_ms", "low_ms", "high_ms")} | {"repeats": point["repeats"],
+             "device": f"{chip}, 1 thread", "torch": torch.__version__, "torchvision": torchvision.__version__}
+            for name, point in points.items()]
+    with open(Path(__file__).with_name("load-speed.csv"), "w", newline="") as file:
+        table = csv.DictWriter(file, rows[0])
+        table.writeheader()
+        table.writerows(rows)
+    for row in rows:
+        print(*row.values())
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
