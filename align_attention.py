@@ -81,26 +81,28 @@ class Photos(Dataset):
         return image if type(image) is torch.Tensor else self.transform(image).as_subclass(torch.Tensor)
 
 
-def block_alignment(teacher, student, x, grid, match):
+def block_alignment(teacher, student, x, grid, match, dtype=torch.float32):
     """One block of stage 1 (Fig. 4, left): the same input for both attentions, the teacher's output carried on.
 
     teacher, student: Block. x (B, N, C), the teacher's residual stream. Returns (x after the teacher's block, loss).
     The loss is the squared error of the attention output, over that of attending to all tokens alike (the mean of V):
     0 is softmax itself, 1 is blind to the query. Paper: squared error; here: divided, so that all blocks weigh the same.
+    Autocast to dtype begins and ends in here, because a compiled backward runs under what its forward was called under.
     """
-    with torch.no_grad():
-        h = teacher.norm1(x)
-        q, k, v = teacher.attn.project(h)                               # each (B,H,N,D)
-        target = teacher.attn.attend(q, k, v, grid)                     # (B,N,C)
-        uniform = v.mean(2).flatten(1).unsqueeze(1)                     # (B,H,N,D) -> (B,H,D) -> (B,1,C)
-        projected = teacher.attn.proj(target)
-        x = x + teacher.ls1(projected)
-        x = x + teacher.ls2(teacher.mlp(teacher.norm2(x)))
+    with torch.autocast(x.device.type, dtype, enabled=dtype != torch.float32):
+        with torch.no_grad():
+            h = teacher.norm1(x)
+            q, k, v = teacher.attn.project(h)                           # each (B,H,N,D)
+            target = teacher.attn.attend(q, k, v, grid)                 # (B,N,C)
+            uniform = v.mean(2).flatten(1).unsqueeze(1)                 # (B,H,N,D) -> (B,H,D) -> (B,1,C)
+            projected = teacher.attn.proj(target)
+            x = x + teacher.ls1(projected)
+            x = x + teacher.ls2(teacher.mlp(teacher.norm2(x)))
+            if match == "after":
+                target, uniform = projected, teacher.attn.proj(uniform)
+        output = student.attn.attend(*student.attn.project(h), grid)    # (B,N,C)
         if match == "after":
-            target, uniform = projected, teacher.attn.proj(uniform)
-    output = student.attn.attend(*student.attn.project(h), grid)        # (B,N,C)
-    if match == "after":
-        output = student.attn.proj(output)
+            output = student.attn.proj(output)
     target = target.float()
     return x, (output.float() - target).square().sum() / (uniform.float() - target).square().sum()
 
@@ -110,12 +112,11 @@ def alignment_step(teacher, student, images, match, dtype=torch.float32, align=b
 
     `backward` is called on each block's loss at once: only one block's activations are ever held.
     """
-    losses, autocast = [], torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32)
-    with torch.no_grad(), autocast:
+    losses = []
+    with torch.no_grad(), torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
         x, grid = teacher.embed(teacher.normalize(images))
     for teacher_block, student_block in zip(teacher.blocks, student.blocks):
-        with autocast:
-            x, loss = align(teacher_block, student_block, x, grid, match)
+        x, loss = align(teacher_block, student_block, x, grid, match, dtype)
         if backward:
             backward(loss)
         losses.append(loss.detach())

@@ -94,12 +94,17 @@ def cosine(student, teacher):
 LOSS = {"mse": mse, "cosine": cosine}
 
 
-def feature_alignment(teacher, student, images, loss):
-    """uint8 images (B, 3, H, W) -> the stage's loss (Fig. 4, middle): final tokens (B, 1+R+N, C) of both, nothing between."""
+def feature_alignment(teacher, student, images, loss, dtype=torch.float32):
+    """uint8 images (B, 3, H, W) -> the stage's loss (Fig. 4, middle): final tokens (B, 1+R+N, C) of both, nothing between.
+
+    Autocast to dtype begins and ends in here, because a compiled backward runs under what its forward was called under.
+    """
     images = teacher.normalize(images)
-    with torch.no_grad():
-        target = teacher(images).float()
-    return loss(student(images).float(), target)
+    with torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
+        with torch.no_grad():
+            target = teacher(images)
+        output = student(images)
+    return loss(output.float(), target.float())
 
 
 @torch.no_grad()
@@ -169,8 +174,7 @@ def main(argv=None):
     with open(out / "log.jsonl", "w") as log, tqdm(total=args.steps * args.batch, unit="img", mininterval=1) as bar:
         for step, images in enumerate(loader, 1):
             images = images.to(device, non_blocking=True)
-            with torch.autocast(device, dtype, enabled=dtype != torch.float32):
-                loss = align(teacher, student, images, LOSS[args.loss])
+            loss = align(teacher, student, images, LOSS[args.loss], dtype)
             value = loss.item()
             if not math.isfinite(value):
                 raise InputError(f"the loss is {value} at step {step}: try a lower --lr than {args.lr}")

@@ -281,11 +281,10 @@ def train(args, device, dtype):
     by_block = trained_parameters(one, "qkv")
     trained = {one: [p for block in by_block for p in block], two: list(two.parameters())}
     optimizers = {student: torch.optim.AdamW(parameters, weight_decay=0) for student, parameters in trained.items()}
-    autocast = torch.autocast(device, dtype, enabled=dtype != torch.float32)
     forward, align_block, align = prepare(teacher), prepare(block_alignment), prepare(feature_alignment)
 
     def teacher_forward():
-        with torch.no_grad(), autocast:
+        with torch.no_grad(), torch.autocast(device, dtype, enabled=dtype != torch.float32):
             forward(teacher.normalize(images))
 
     def stage_1():                            # as in align_attention.py's loop, without float16's scaler and the log
@@ -296,9 +295,7 @@ def train(args, device, dtype):
         optimizers[one].zero_grad()
 
     def stage_2():                            # as in align_features.py's
-        with autocast:
-            loss = align(teacher, two, images, LOSS["mse"])
-        loss.backward()
+        align(teacher, two, images, LOSS["mse"], dtype).backward()
         nn.utils.clip_grad_norm_(trained[two], 1.0)
         optimizers[two].step()
         optimizers[two].zero_grad()

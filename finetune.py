@@ -187,9 +187,14 @@ def make_head(arch, task, classes):
     return Segmenter(arch.width, classes) if task == "segment" else nn.Linear(arch.width * (1 + arch.cls), classes)
 
 
-def task_loss(vit, head, inputs, targets, task, frozen):
-    """inputs: uint8 images, or their features when the backbone is frozen; targets: labels (B,) or masks (B, H, W)."""
-    logits = head(inputs.float() if frozen else features(vit, inputs, task)).float()
+def task_loss(vit, head, inputs, targets, task, frozen, dtype=torch.float32):
+    """inputs: uint8 images, or their features when the backbone is frozen; targets: labels (B,) or masks (B, H, W).
+
+    Autocast to dtype begins and ends in here, because a compiled backward runs under what its forward was called under.
+    """
+    with torch.autocast(inputs.device.type, dtype, enabled=dtype != torch.float32):
+        logits = head(inputs.float() if frozen else features(vit, inputs, task))
+    logits = logits.float()
     if task == "segment":
         logits = F.interpolate(logits, size=targets.shape[1:], mode="bilinear")
     ignore = IGNORE if task == "segment" else -100
@@ -322,8 +327,7 @@ def main(argv=None):
         with tqdm(total=args.steps * args.batch, desc=spec, unit="img", mininterval=1) as bar:
             for step, (inputs, targets) in enumerate(train, 1):
                 inputs, targets = inputs.to(device, non_blocking=True), targets.to(device, non_blocking=True)
-                with autocast():
-                    loss = loss_of(vit, head, inputs, targets, args.task, args.freeze)
+                loss = loss_of(vit, head, inputs, targets, args.task, args.freeze, dtype)
                 value = loss.item()
                 if not math.isfinite(value):
                     raise InputError(f"{spec}: the loss is {value} at step {step}: try a lower --lr than {args.lr}")

@@ -20,9 +20,14 @@ def times(value):
     return f"{float(value):.2f}x"
 
 
+def mode(device):
+    """How bench.py runs on it when it is not told."""
+    return "eager" if device == "cpu" else "compiled"
+
+
 def gains(device):
     """Images/s of the linear ViT, and how many times that of fused softmax it is."""
-    rows = read(f"bench-{device}-model-eager.csv")
+    rows = read(f"bench-{device}-model-{mode(device)}.csv")
     value = {(row["model"], row["batch"], row["pixels"], row["name"]): row for row in rows if row["images_per_s"]}
     pixels, curves = dict.fromkeys(row["pixels"] for row in rows), dict.fromkeys((row["model"], row["batch"]) for row in rows)
 
@@ -37,7 +42,7 @@ def gains(device):
 
 def memory(device):
     """Peak MB of a forward pass at batch 1, on top of weights and images: written out / fused / linear."""
-    rows = read(f"bench-{device}-model-eager.csv")
+    rows = read(f"bench-{device}-model-{mode(device)}.csv")
     value = {(row["model"], row["pixels"], row["name"]): f"{float(row['peak_mb']):,.0f}" for row in rows if row["batch"] == "1" and row["peak_mb"]}
     pixels, models = dict.fromkeys(row["pixels"] for row in rows), dict.fromkeys(row["model"] for row in rows)
     cell = lambda *point: " / ".join(value.get((*point, name), "-") for name in ("softmax_reference", "softmax", "linear"))
@@ -54,10 +59,18 @@ def operator(device):
                  [[h, f"{int(t):,}", *(value.get((h, t, *kind), "-") for kind in kinds)] for h, t in points])
 
 
+def choices(device):
+    """Time of variants of the operator over that of its two products alone."""
+    value = {(row["variant"], row["heads"], row["tokens"], row["pass"]): times(row["ratio"]) for row in read("operator.csv")}
+    points = list(dict.fromkeys(key[1:] for key in value))
+    return table(["variant", *(f"{heads} heads, {int(tokens):,} tokens, {kind}" for heads, tokens, kind in points)],
+                 [[name, *(value[(name, *point)] for point in points)] for name in dict.fromkeys(key[0] for key in value)])
+
+
 def training(device):
     return table(["ViT-S/14, 224 pixels, batch 32", "in teacher forwards", "images/s", "peak MB"],
                  [[row["name"], times(row["ratio"]), f"{float(row['images_per_s']):.1f}", f"{float(row['peak_mb']):,.0f}"]
-                  for row in read(f"bench-{device}-train-eager.csv")])
+                  for row in read(f"bench-{device}-train-{mode(device)}.csv")])
 
 
 def loading(device):
@@ -72,7 +85,7 @@ def against_timm(device):
                  [[*point, times(value[(*point, "ours")]), times(value[(*point, "ours, linear")])] for point in points])
 
 
-TABLES = (gains, memory, operator, training, loading, against_timm)
+TABLES = (gains, memory, operator, choices, training, loading, against_timm)
 
 if __name__ == "__main__":
     for make in TABLES:
