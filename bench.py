@@ -263,8 +263,9 @@ def model(args, device, dtype):
                     block.compile(dynamic=False)                        # block by block: all share what the first compiled
             images, tokens = torch.randn(batch, 3, pixels, pixels, device=device), arch.prefix + (pixels // arch.patch) ** 2
             calls = {name: partial(vit, images.to(vit.norm.weight.dtype)) for name, vit in vits.items()}
+            maps = 2 * batch * arch.heads * tokens ** 2 * dtype.itemsize
             with torch.no_grad():
-                rows = measure(calls, ended, device, 0.5 if args.quick else 6, 2 * batch * arch.heads * tokens ** 2 * dtype.itemsize)
+                rows = measure(calls, ended, device, 0.5 if args.quick else 6, maps)
             for name, row in rows.items():
                 row |= {"model": title, "heads": arch.heads, "head_dim": HEAD_DIM, "batch": batch, "pixels": pixels,
                         "tokens": tokens, "ratio_to": "softmax", "pass": "forward",
@@ -303,7 +304,8 @@ def train(args, device, dtype):
     for batch, pixels in product(args.batch, args.points):
         torch._dynamo.reset()
         images = torch.randint(256, (batch, 3, pixels, pixels), dtype=torch.uint8, device=device)
-        rows = measure({"teacher forward": teacher_forward, "stage 1": stage_1, "stage 2": stage_2}, {}, device, 1 if args.quick else 60)
+        calls = {"teacher forward": teacher_forward, "stage 1": stage_1, "stage 2": stage_2}
+        rows = measure(calls, {}, device, 1 if args.quick else 60)
         for name, row in rows.items():
             row |= {"model": "vits14", "heads": arch.heads, "head_dim": HEAD_DIM, "batch": batch, "pixels": pixels,
                     "tokens": arch.prefix + (pixels // arch.patch) ** 2, "ratio_to": "teacher forward",
@@ -325,11 +327,15 @@ def show(row):
         return line + row["status"]
     speed = f"{row['images_per_s']:8.2f} images/s" if "images_per_s" in row else f"{row['gflops_per_s']:8.1f} GFLOP/s"
     ratio = f"{row['ratio']:7.2f} x {row['ratio_to']}" if "ratio" in row else ""
-    return line + f"{row['median_ms']:10.3f} ms ({row['low_ms']:.3f} to {row['high_ms']:.3f}) {speed} {row['peak_mb']:9.1f} MB {ratio}"
+    line += f"{row['median_ms']:10.3f} ms ({row['low_ms']:.3f} to {row['high_ms']:.3f}) "
+    return line + f"{speed} {row['peak_mb']:9.1f} MB {ratio}"
 
 
 def crossover(rows):
-    """Pixels from which on linear is at least as fast as fused softmax, log-log between points; None: never. One model, one batch."""
+    """Pixels from which on linear is at least as fast as fused softmax, log-log between points; None: never.
+
+    rows: of one model and one batch.
+    """
     speed = {(row["name"], row["pixels"]): row["images_per_s"] for row in rows if "images_per_s" in row}
     both = sorted(pixels for name, pixels in speed if name == "linear" and ("softmax", pixels) in speed)
     gain = [math.log(speed["linear", pixels] / speed["softmax", pixels]) for pixels in both]
@@ -345,18 +351,22 @@ def conclude(rows):
     if rows[0]["part"] == "model":
         for title, batch in dict.fromkeys((row["model"], row["batch"]) for row in rows):
             curve = [row for row in done if (row["model"], row["batch"]) == (title, batch)]
-            gains = ", ".join(f"{1 / row['ratio']:.2f}x at {row['pixels']}" for row in curve if row["name"] == "linear" and "ratio" in row)
-            print(f"{title}, batch {batch}: linear is as fast as fused softmax from {crossover(curve) or 'no size measured'} pixels on ({gains})")
+            gains = ", ".join(f"{1 / row['ratio']:.2f}x at {row['pixels']}" for row in curve
+                              if row["name"] == "linear" and "ratio" in row)
+            print(f"{title}, batch {batch}: linear is as fast as fused softmax from {crossover(curve) or 'no size measured'} "
+                  f"pixels on ({gains})")
     elif rows[0]["part"] == "attention":
         linear, copied = ({(row["heads"], row["batch"], row["pass"], row["tokens"]): row for row in done if row["name"] == name}
                           for name in ("linear", "copy"))
         for (heads, batch, kind, tokens), row in linear.items():
-            shorter, bytes_alone = linear.get((heads, batch, kind, tokens // 16)), copied.get((heads, batch, kind, tokens))
+            shorter, moved = linear.get((heads, batch, kind, tokens // 16)), copied.get((heads, batch, kind, tokens))
             if shorter:
                 print(f"{heads} heads, batch {batch}, {kind}: from {tokens // 16} to {tokens} tokens linear costs "
-                      f"{row['ratio'] / shorter['ratio']:.2f}x what it costs its two products, {row['peak_mb'] / shorter['peak_mb']:.1f}x the memory")
-            if shorter and bytes_alone:
-                print(f"    at {tokens} it takes {row['median_ms'] / bytes_alone['median_ms']:.1f}x the time of moving q, k, v and out once")
+                      f"{row['ratio'] / shorter['ratio']:.2f}x what it costs its two products, "
+                      f"{row['peak_mb'] / shorter['peak_mb']:.1f}x the memory")
+            if shorter and moved:
+                print(f"    at {tokens} tokens it takes {row['median_ms'] / moved['median_ms']:.1f}x the time of moving q, k, v "
+                      "and out once")
 
 
 def draw(rows, path):
@@ -380,7 +390,8 @@ def draw(rows, path):
             curve = [(row[x], row[column]) for row in rows
                      if (row["name"], row[facet], row[series]) == (name, group, kind) and row.get(column)]
             if curve:
-                axes[i, j].loglog(*zip(*curve), marker="o", markersize=3, label=name, linestyle=":" if name == "products" else "-")
+                style = ":" if name == "products" else "-"
+                axes[i, j].loglog(*zip(*curve), marker="o", markersize=3, label=name, linestyle=style)
         axes[i, j].set(title=f"{facet} {group}, {series} {kind}".replace("pass ", ""), xlabel=x, ylabel=columns[column])
         axes[i, j].set_xticks(points, points, fontsize=7)
         axes[i, j].set_xticks([], minor=True)
@@ -401,7 +412,8 @@ def main(argv=None):
     slug = "cpu" if device == "cpu" else re.sub(r"\W+", "-", chip.lower())
     path = Path(args.out, f"bench-{slug}-{args.part}-{args.mode}{'-quick' * args.quick}.csv")
     settings = [f"{key}={value}" for key, value in os.environ.items() if key.startswith("MALLOC_")]
-    same = dict(part=args.part, dtype=str(dtype).removeprefix("torch."), torch=torch.__version__, torchvision=torchvision.__version__,
+    same = dict(part=args.part, dtype=str(dtype).removeprefix("torch."),
+                torch=torch.__version__, torchvision=torchvision.__version__,
                 device=chip if device == "cuda" else f"{chip}, {torch.get_num_threads()} threads",
                 command=" ".join([*settings, "python bench.py", *(argv or sys.argv[1:])]))
     rows = []
@@ -422,7 +434,8 @@ def main(argv=None):
             with open(path, "w", newline="") as file:
                 table = csv.DictWriter(file, COLUMNS)
                 table.writeheader()
-                table.writerows({key: f"{value:.5g}" if isinstance(value, float) else value for key, value in row.items()} for row in rows)
+                for row in rows:
+                    table.writerow({key: f"{value:.5g}" if isinstance(value, float) else value for key, value in row.items()})
         except OSError as error:
             raise InputError(f"{path} could not be written: {error}") from None
     conclude(rows)

@@ -2,7 +2,8 @@
 
 ViT-AdaLA (arXiv 2603.16063) turns a pretrained softmax ViT, O(N^2) in its tokens, into a linear-attention ViT, O(N):
 `align_attention.py` (stage 1), `align_features.py` (stage 2) and `finetune.py` (stage 3), read and run in that order.
-This file holds what the stages must agree on: attention operators, network, weight files, photos.
+This file holds what the stages must agree on: attention operators, network, weight files, photos. The method is read by the
+end of class ViT; what follows finds, reads and writes files, and says no in one sentence to those that it cannot use.
 
     vit = load_vit("vit_small_patch14_dinov2")       # a known name (downloads), a .safetensors or a .pth file
     student = linearize(vit, "linear")               # the same weights, another attention
@@ -39,7 +40,7 @@ from safetensors.torch import save
 from torchvision import datasets, tv_tensors
 from torchvision.transforms.v2.functional import to_image
 
-try:                                          # torchvision's decoder, deprecated since 0.29, is the faster one: results/load-speed.csv
+try:                                          # torchvision's decoder is the faster one (results/load-speed.csv), but deprecated
     from torchvision.io import decode_image
 except ImportError:                           # a torchvision that has dropped it: Pillow reads every format
     decode_image = None
@@ -96,7 +97,7 @@ def linear_attention(q, k, v, phi=elu_plus_one):
     """
     with torch.autocast(v.device.type, enabled=False):                  # the dtypes below are chosen, not inherited
         dtype = v.dtype
-        work = torch.float32 if dtype == torch.float16 else dtype       # float16: accuracy first, only GPUs without bfloat16 use it
+        work = torch.float32 if dtype == torch.float16 else dtype       # float16: only GPUs without bfloat16 need it
         wide = torch.promote_types(work, torch.float32)
         eager_cpu = v.device.type == "cpu" and not torch.compiler.is_compiling()
         n = CHUNK if eager_cpu else v.shape[-2]                         # else one chunk: a compiler fuses what chunks keep near
@@ -551,7 +552,8 @@ def check_tensors(model, tensors, path):
               if name in tensors and tensors[name].shape != want[name].shape]
     if wrong:
         more = f" and {len(wrong) - 5} more" * (len(wrong) > 5)
-        raise InputError(f"{path} does not fit a ViT of width {model.arch.width}, depth {model.arch.depth}: {'; '.join(wrong[:5])}{more}")
+        raise InputError(f"{path} does not fit a ViT of width {model.arch.width}, depth {model.arch.depth}: "
+                         f"{'; '.join(wrong[:5])}{more}")
 
 
 def linearize(model, attention="linear"):
