@@ -4,6 +4,7 @@ Writes results/load-speed.csv: images/s of decoding alone, of the stages' own Ph
 the same with Pillow's decoder, each on one thread over the same photos, in turns.
 """
 import csv
+import os
 import platform
 import sys
 from pathlib import Path
@@ -18,6 +19,8 @@ from align_attention import Photos
 from model import find_images, read_image
 
 PIXELS, PHOTOS = 224, 256
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")                         # the profiler complains of a missing GPU
 
 
 def main(folder):

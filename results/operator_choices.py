@@ -4,10 +4,12 @@ Writes results/operator.csv: time of each variant over that of linear attention'
 lays them out, float32, in turns (bench.measure).
 """
 import csv
+import os
 import platform
 import sys
 import types
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -16,6 +18,8 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import bench
 import model
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")                         # the profiler complains of a missing GPU
 
 
 def textbook(q, k, v, phi=lambda x: F.elu(x) + 1):
@@ -35,7 +39,7 @@ def in_chunks(tokens):
     return types.FunctionType(code, vars(model) | {"CHUNK": tokens}, "linear_attention", model.linear_attention.__defaults__)
 
 
-VARIANTS = {
+EAGER = {
     "as it is": model.linear_attention,
     "textbook": textbook,
     "phi's slope by autograd": partial(model.linear_attention, phi=by_autograd),
@@ -43,6 +47,8 @@ VARIANTS = {
     "chunks of 256 tokens": in_chunks(256),
     "chunks of 4,096 tokens": in_chunks(4096),
     "one chunk": in_chunks(10 ** 9),
+}
+COMPILED = {                                  # in turns of their own
     "as it is, compiled": torch.compile(model.linear_attention, dynamic=False),
     "textbook, compiled": torch.compile(textbook, dynamic=False),
 }
@@ -52,13 +58,13 @@ def main(points=((6, 4096), (16, 16384)), seconds=5):
     torch.manual_seed(0)
     device = f"{bench.linux('cpuinfo', 'model name.*: (.*)', platform.machine())}, {torch.get_num_threads()} threads"
     rows = []
-    for (heads, tokens), backward in bench.product(points, (False, True)):
+    for (heads, tokens), backward, variants in product(points, (False, True), (EAGER, COMPILED)):
         torch._dynamo.reset()
         q, k, v = bench.projected(1, heads, tokens, "cpu", torch.float32)
-        calls = {name: bench.forward_or_both(call, q, k, v, backward) for name, call in ({"products": bench.products} | VARIANTS).items()}
+        calls = {name: bench.forward_or_both(call, q, k, v, backward) for name, call in ({"products": bench.products} | variants).items()}
         with torch.set_grad_enabled(backward):
             measured = bench.measure(calls, {}, "cpu", seconds)
-        for name in VARIANTS:
+        for name in variants:
             row = measured[name]
             rows.append({"variant": name, "heads": heads, "tokens": tokens, "pass": "forward+backward" if backward else "forward",
                          "ratio": f"{row['median_ms'] / measured['products']['median_ms']:.2f}", "median_ms": f"{row['median_ms']:.2f}",
