@@ -49,7 +49,7 @@ def parse(argv):
         parser.set_defaults(**DEMO)
         args = parser.parse_args(argv)
         if args.size != DEMO["size"]:
-            raise InputError(f"--size {args.size}: the demo's images have {DEMO['size']} pixels")
+            raise InputError(f"--size {args.size}: the demo's images have {DEMO['size']} pixels; --data names your own")
         print("demo defaults:", *(f"--{key} {getattr(args, key)}" for key in DEMO))
     if min(args.steps, args.batch) < 1:
         raise InputError(f"--steps {args.steps} --batch {args.batch}: expected 1 or more of each")
@@ -164,7 +164,8 @@ def main(argv=None):
     out = open_out(args.out, student)
     teacher, student = teacher.to(device).requires_grad_(False), student.to(device).train()
     print(f"student: {student.attention} attention, training {sum(p.numel() for p in parameters) / 1e6:.2f} M "
-          f"of {sum(p.numel() for p in student.parameters()) / 1e6:.2f} M parameters on {len(source)} images, {device}, {dtype}")
+          f"of {sum(p.numel() for p in student.parameters()) / 1e6:.2f} M parameters "
+          f"on {len(source)} images of {args.size} pixels, {device}, {dtype}")
 
     workers = min(8, os.cpu_count() or 1) if device == "cuda" else 0
     draws = torch.Generator().manual_seed(args.seed)

@@ -192,7 +192,7 @@ def measure(calls, ended, device, seconds, maps=0):
     for name, call in calls.items():
         free = int(linux("meminfo", r"MemAvailable: +(\d+) kB", 8_000_000)) * 1024
         if device == "cpu" and name == "softmax_reference" and maps > free / 2:
-            rows[name]["status"] = f"skipped: its maps need {maps / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
+            rows[name]["status"] = f"skipped: its maps need {maps / 1e9:.1f} GB, more than half of the {free / 1e9:.1f} GB free"
             continue
         if name in ended:
             rows[name]["status"] = ended[name]
@@ -353,8 +353,8 @@ def conclude(rows):
             curve = [row for row in done if (row["model"], row["batch"]) == (title, batch)]
             gains = ", ".join(f"{1 / row['ratio']:.2f}x at {row['pixels']}" for row in curve
                               if row["name"] == "linear" and "ratio" in row)
-            print(f"{title}, batch {batch}: linear is as fast as fused softmax from {crossover(curve) or 'no size measured'} "
-                  f"pixels on ({gains})")
+            where = f"from {crossover(curve)} pixels on" if crossover(curve) else "at no size measured"
+            print(f"{title}, batch {batch}: linear is as fast as fused softmax {where} ({gains})")
     elif rows[0]["part"] == "attention":
         linear, copied = ({(row["heads"], row["batch"], row["pass"], row["tokens"]): row for row in done if row["name"] == name}
                           for name in ("linear", "copy"))

@@ -63,7 +63,7 @@ def parse(argv):
             parser.set_defaults(weights=ABLATION, freeze=not args.from_scratch)
         args = parser.parse_args(argv)
         if args.size != DEMO["size"]:
-            raise InputError(f"--size {args.size}: the demo's images have {DEMO['size']} pixels")
+            raise InputError(f"--size {args.size}: the demo's images have {DEMO['size']} pixels; --data names your own")
         print("demo defaults:", *(f"--{key} {getattr(args, key)}" for key in DEMO), "--freeze" * args.freeze,
               "--weights", *args.weights)
     if min(args.steps, args.batch) < 1:
@@ -287,6 +287,8 @@ def main(argv=None):
     loader = dict(num_workers=workers, pin_memory=device == "cuda")
     train_set = Labelled(source, args.task, args.size, augment=not args.freeze, resize=model.arch.interpolation)
     val_set = Labelled(val_source, args.task, args.size, augment=False, resize=model.arch.interpolation)
+    print(f"{args.task}: {len(train_set)} images of {args.size} pixels, {len(val_set)} held out, {len(classes)} classes, "
+          f"{'head alone' if args.freeze else 'head and backbone'}, {device}, {dtype}")
     rows, guesses, log = [], [], open(out / "log.jsonl", "w", buffering=1)
 
     for i, spec in enumerate(args.weights):

@@ -40,6 +40,8 @@ def main(folder, target):
             for key in ("cls_cosine", "patch_cosine", "relative_error"):
                 row.setdefault(key, []).append(report["after"][key])
                 start.setdefault(key, []).append(report["before"][key])
+    if not scores:
+        sys.exit(f"collect.py: {folder} holds no seed*/*/metrics.json: run the script of that name in results/ first")
     table = {row: columns | extra.get(row, {}) for row, columns in scores.items()}
     columns = list(dict.fromkeys(column for row in table.values() for column in row))
     with open(f"{target}.csv", "w", newline="") as out:

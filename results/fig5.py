@@ -17,6 +17,8 @@ def main(folder, target):
     for file in sorted(Path(folder).glob("seed*/*/log.jsonl")):
         if file.parent.name in NAMES:
             runs[file.parent.name, file.parent.parent.name] = [json.loads(line)["loss"] for line in file.open()]
+    if not runs:
+        sys.exit(f"fig5.py: {folder} holds no seed*/one/log.jsonl or seed*/maps/log.jsonl: run results/vits14-cpu.sh first")
     with open(f"{target}.csv", "w", newline="") as out:
         writer = csv.writer(out)
         writer.writerow(["step", *(f"{row} {seed} loss" for row, seed in runs)])

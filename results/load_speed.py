@@ -16,7 +16,7 @@ from PIL import Image, ImageOps
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import bench
 from align_attention import Photos
-from model import find_images, read_image
+from model import find_images, read_image, run
 
 PIXELS, PHOTOS = 224, 256
 
@@ -46,4 +46,4 @@ def main(folder):
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    run(lambda: main(*sys.argv[1:2] or ["photos"]))
