@@ -34,9 +34,9 @@ def by_autograd(x):
 
 
 def in_chunks(tokens):
-    """model.linear_attention with another CHUNK: a copy, so that each compiles on its own."""
-    code = model.linear_attention.__code__.replace(co_firstlineno=tokens)
-    return types.FunctionType(code, vars(model) | {"CHUNK": tokens}, "linear_attention", model.linear_attention.__defaults__)
+    """model.linear_attention with another CHUNK."""
+    operator = model.linear_attention
+    return types.FunctionType(operator.__code__, vars(model) | {"CHUNK": tokens}, argdefs=operator.__defaults__)
 
 
 EAGER = {

@@ -24,6 +24,7 @@ import align_attention
 import align_features
 import finetune
 import model
+from conftest import error, randomise, refusal, same
 from model import (ATTENTION, FAMILIES, KNOWN, Architecture, InputError, Known, ViT, elu_plus_one, linear_attention, linearize, load_pair,
                    load_vit, rotate, save_vit, skeleton)
 
@@ -39,36 +40,8 @@ TINY = Architecture(width=64, depth=2, heads=2, hidden=96, patch=8, grid=(4, 4))
 needs_timm = pytest.mark.skipif(timm is None, reason="comparison with timm: pip install timm")
 
 
-def randomise(module, seed=0):
-    """Every parameter random, biases and norms too, so that none can be forgotten or exchanged unnoticed."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for p in module.parameters():
-            whole = p.ndim == 1 or p.shape[0] == 1                      # a bias, norm, token or table; else a product
-            p.normal_(std=1 if whole else p[0].numel() ** -0.5, generator=generator)
-    return module.eval()
-
-
 def images_of(height, width, n=1):
     return torch.randn(n, 3, height, width, generator=torch.Generator().manual_seed(height))
-
-
-def error(found, truth):
-    """Relative RMS error."""
-    return ((found.double() - truth.double()).norm() / truth.double().norm()).item()
-
-
-def same(a, b):
-    a, b = a.state_dict(), b.state_dict()
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
-
-def refusal(call, *args, **more):
-    """The message of the InputError that this call ends with, which must be one line."""
-    with pytest.raises(InputError) as caught:
-        call(*args, **more)
-    assert len(str(caught.value).splitlines()) == 1
-    return str(caught.value)
 
 
 def know(monkeypatch, name="tiny", arch=TINY, tag="test"):

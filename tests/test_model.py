@@ -17,6 +17,7 @@ from torchvision.models.vision_transformer import VisionTransformer
 
 import demo.shapes as shapes
 import model
+from conftest import error, randomise, refusal, same
 from model import (ATTENTION, CHUNK, KNOWN, OPERATORS, Architecture, Hedgehog, InputError, Known, ViT, elu_plus_one, find_images,
                    linear_attention, linearize, load_pair, load_vit, save_vit, softmax_attention, softmax_reference)
 
@@ -47,35 +48,6 @@ def clustered(N, D=64, heads=2, clusters=8):
 def varying(x, v):
     """x less the mean of V: what attention adds to an average. Errors hide behind the mean, so they are measured here."""
     return x.double() - v.double().mean(-2, keepdim=True)
-
-
-def error(found, truth):
-    """Relative RMS error."""
-    return ((found.double() - truth.double()).norm() / truth.double().norm()).item()
-
-
-def randomise(module, seed=0):
-    """Every parameter random, biases and norms too, so that none can be forgotten or exchanged unnoticed."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for p in module.parameters():
-            whole = p.ndim == 1 or p.shape[0] == 1                      # a bias, norm, token or table; else a product
-            p.normal_(std=1 if whole else p[0].numel() ** -0.5, generator=generator)
-    return module.eval()
-
-
-def same(a, b):
-    """Two models hold the same tensors, bit for bit."""
-    a, b = a.state_dict(), b.state_dict()
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
-
-def refusal(call, *args, **more):
-    """The message of the InputError that this call ends with, which must be one line."""
-    with pytest.raises(InputError) as caught:
-        call(*args, **more)
-    assert len(str(caught.value).splitlines()) == 1
-    return str(caught.value)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

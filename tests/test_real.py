@@ -3,12 +3,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from conftest import error
 from model import ATTENTION, linear_attention, load_vit, softmax_attention
-
-
-def error(found, truth):
-    """Relative RMS error."""
-    return ((found.double() - truth.double()).norm() / truth.double().norm()).item()
 
 
 @pytest.fixture(scope="module")
