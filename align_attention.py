@@ -1,152 +1,144 @@
-"""Stage 1 of ViT-AdaLA, attention alignment: each block's linear attention learns to output what softmax attention does.
+"""Stage 1 of ViT-AdaLA, attention alignment: each block learns to output what softmax does.
 
-The frozen softmax teacher carries the residual stream. In every block the student's attention sees exactly the teacher's
-normalised input, and its query, key and value weights are tuned until its output matches the teacher's. No labels.
+The frozen softmax teacher carries the residual stream. In every block the student's attention sees
+exactly the teacher's normalised input, and its query, key and value weights (and its operator's own
+parameters) are tuned until its output matches the teacher's. No labels.
 
-    python align_attention.py                                                            # the demo, a minute on CPU
-    python align_attention.py --weights vit_small_patch14_dinov2 --data photos/          # your own ViT and photos
-    python align_attention.py --weights ... --data ... --attention hedgehog --train maps --lr 1e-2   # LoLCATS
+    python align_attention.py                                   # the demo, a minute on a CPU
+    python align_attention.py --teacher vit_small_patch14_dinov2 --data photos/ --size 224
+    python align_attention.py --attention hedgehog --train operator --lr 1e-2       # LoLCATS
 
-Reads the teacher's weights and images; writes to --out: student.safetensors, log.jsonl (the loss of every block at every
-step) and report.json (the table that is printed at the end).
+Reads the teacher's weights and images; writes to --out: student.safetensors,
+log.jsonl (the loss of every block at every step), report.json (the table printed at the end).
 """
 import argparse
 import json
 import math
-import os
 import time
+from functools import partial
 
 import torch
 import torch.nn as nn
-from torch.utils.data import DataLoader, Dataset, RandomSampler, Subset
+from torch.utils.data import DataLoader, Subset
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from model import OPERATORS, InputError, device_and_dtype, load_pair, open_out, read_image, run, save_vit, unlabelled
+from demo.shapes import Shapes
+from model import ATTENTION, BICUBIC, Draws, InputError, complete, device_and_dtype, load_pair
+from model import note_unread, open_out, read_image, run, save_vit, unlabelled, write_whole
 
-DEMO = dict(weights="demo/teacher.safetensors", size=64, steps=100, batch=64)
-START = -4.0                                  # added to query and key biases, see exponential_start
-HELD_OUT = 256                                # images behind the table: more do not change its second digit
+DEFAULTS = dict(steps=2000, batch_size=32)
+DEMO = dict(teacher="demo/teacher.safetensors", size=64, steps=100, batch_size=64)  # without --data
+HELD_OUT = 256                              # images behind the table: more leave its second digit
 
 
 def parse(argv):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--weights", help="softmax ViT to linearize: file, known name or NAME=FILE")
-    parser.add_argument("--teacher", help="softmax ViT to imitate (default: the one that --weights names or is)")
-    parser.add_argument("--attention", choices=OPERATORS, help="the student's operator (default: linear)")
-    parser.add_argument("--train", choices=("qkv", "maps"), default="qkv", help="maps: Hedgehog's only, as LoLCATS does")
-    parser.add_argument("--match", choices=("before", "after"), default="after", help="... the output projection")
-    parser.add_argument("--data", nargs="+", default=["demo"], help="folders of images, a torchvision set's name, or demo")
-    parser.add_argument("--size", type=int, help="pixels, a multiple of the patch (default: the weights' native size)")
-    parser.add_argument("--steps", type=int, default=2000)
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--lr", type=float, default=3e-3, help="peak learning rate; give 1e-2 with --train maps")
-    parser.add_argument("--out", default="runs/attention", help="folder for student, log and report")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="of autocast")
-    args = parser.parse_args(argv)
-    if args.data == ["demo"]:                 # inherited: what the demo needs, for flags that were not given
-        parser.set_defaults(**DEMO)
-        args = parser.parse_args(argv)
-        if args.size != DEMO["size"]:
-            raise InputError(f"--size {args.size}: the demo's images have {DEMO['size']} pixels; --data names your own")
-        print("demo defaults:", *(f"--{key} {getattr(args, key)}" for key in DEMO))
-    if min(args.steps, args.batch) < 1:
-        raise InputError(f"--steps {args.steps} --batch {args.batch}: expected 1 or more of each")
-    if not 0 < args.lr < math.inf:
-        raise InputError(f"--lr {args.lr}: expected a number above 0")
-    if args.weights is None:
-        raise InputError("--weights is missing: with --data of your own, name the softmax ViT to linearize")
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    flag = parser.add_argument
+    flag("--teacher", help="softmax ViT to imitate: a known name, a file of ours or NAME=FILE "
+         f"(demo: {DEMO['teacher']})")
+    flag("--student", help="one of this teacher to go on with (default: the teacher, swapped)")
+    flag("--attention", choices=ATTENTION, help="the student's operator (default: linear)")
+    flag("--train", choices=GROUPS, nargs="+", default=["qkv", "operator"],
+         help="what is tuned (default: qkv, and the operator's own parameters)")
+    flag("--data", nargs="+", help="folders of images, or torchvision sets (default: the demo's)")
+    flag("--size", type=int, help="pixels, a multiple of the patch (default: the weights' native)")
+    flag("--steps", type=int, help=f"(default: {DEFAULTS['steps']}, demo: {DEMO['steps']})")
+    flag("--batch-size", type=int,
+         help=f"(default: {DEFAULTS['batch_size']}, demo: {DEMO['batch_size']})")
+    flag("--lr", type=float, default=3e-3,
+         help="peak learning rate (default: 3e-3; give 1e-2 with --train operator)")
+    flag("--out", default="runs/attention", help="folder to write (default: runs/attention)")
+    flag("--seed", type=int, default=0, help="of photos, crops and flips (default: 0)")
+    flag("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto",
+         help="of autocast (default: auto, half precision on a GPU, float32 on a CPU)")
+    flag("--workers", type=int, help="processes that load photos (default: 8 on a GPU, else 0)")
+    flag("--compile", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available(),
+         help="torch.compile (default: on a GPU)")
+    args = complete(parser.parse_args(argv), DEFAULTS, DEMO)
+    if args.teacher is None:
+        raise InputError("--teacher is missing: with --data, name the softmax ViT to imitate")
     return args
 
 
-class Photos(Dataset):
-    """uint8 images (3, size, size) from paths or from a set whose items begin with an image; drawn ones stay as they are.
+def block_alignment(teacher, student, x, grid, dtype=torch.float32):
+    """One block of stage 1 (Fig. 4, left): the same input for both, the teacher's output goes on.
 
-    resize: torchvision's name of the interpolation that the weights are used to, as their Architecture says.
-    """
-
-    def __init__(self, source, size, augment, resize="bicubic"):
-        resize = dict(interpolation=v2.InterpolationMode(resize), antialias=True)
-        crop = [v2.RandomResizedCrop(size, scale=(0.35, 1), **resize), v2.RandomHorizontalFlip()]
-        whole = [v2.Resize(size, **resize), v2.CenterCrop(size)]
-        self.source, self.transform = source, v2.Compose([v2.ToImage(), *(crop if augment else whole)])
-
-    def __len__(self):
-        return len(self.source)
-
-    def __getitem__(self, i):
-        item = self.source[i]
-        image = item[0] if isinstance(item, tuple) else read_image(item)
-        return image if type(image) is torch.Tensor else self.transform(image).as_subclass(torch.Tensor)
-
-
-def block_alignment(teacher, student, x, grid, match, dtype=torch.float32):
-    """One block of stage 1 (Fig. 4, left): the same input for both attentions, the teacher's output carried on.
-
-    teacher, student: Block. x (B, N, C), the teacher's residual stream. Returns (x after the teacher's block, loss).
-    The loss is the squared error of the attention output, over that of attending to all tokens alike (the mean of V):
-    0 is softmax itself, 1 is blind to the query. Paper: squared error; here: divided, so that all blocks weigh the same.
-    Autocast to dtype begins and ends in here, because a compiled backward runs under what its forward was called under.
+    teacher, student: Block. x (B, N, C), the teacher's residual stream. -> (x after the teacher's
+    block, loss). Paper: squared error; here: after the output projection, which weighs the heads as
+    the stream sees them, and over the error of attending to all tokens alike (the mean of V), so
+    that all blocks weigh the same: 0 is softmax itself, 1 is blind to the query.
+    Autocast is in here, because a compiled backward runs under what its forward was called under.
     """
     with torch.autocast(x.device.type, dtype, enabled=dtype != torch.float32):
         with torch.no_grad():
             h = teacher.norm1(x)
-            q, k, v = teacher.attn.project(h)                           # each (B,H,N,D)
-            target = teacher.attn.attend(q, k, v, grid)                 # (B,N,C)
-            uniform = v.mean(2).flatten(1).unsqueeze(1)                 # (B,H,N,D) -> (B,H,D) -> (B,1,C)
-            projected = teacher.attn.proj(target)
-            x = x + teacher.ls1(projected)
+            q, k, v = teacher.attn.project(h)                               # each (B,H,N,D)
+            target = teacher.attn.proj(teacher.attn.attend(q, k, v, grid))  # (B,N,C)
+            blind = v.mean(2).flatten(1).unsqueeze(1)                       # (B,H,N,D) -> (B,1,C)
+            blind = teacher.attn.proj(blind)
+            x = x + teacher.ls1(target)
             x = x + teacher.ls2(teacher.mlp(teacher.norm2(x)))
-            if match == "after":
-                target, uniform = projected, teacher.attn.proj(uniform)
-        output = student.attn.attend(*student.attn.project(h), grid)    # (B,N,C)
-        if match == "after":
-            output = student.attn.proj(output)
+        output = student.attn(h, grid)                  # (B,N,C), the only line with a gradient
     target = target.float()
-    return x, (output.float() - target).square().sum() / (uniform.float() - target).square().sum()
+    error = (output.float() - target).square().sum()
+    return x, error / (blind.float() - target).square().sum()
 
 
-def alignment_step(teacher, student, images, match, dtype=torch.float32, align=block_alignment, backward=None):
-    """All blocks on one batch of uint8 images (B, 3, H, W), autocast to `dtype` -> the blocks' losses (depth,).
+GROUPS = {                                  # what --train takes: tensors of a block, by name
+    "qkv": lambda block: block.attn.qkv,
+    "operator": lambda block: block.attn.operator,
+    "proj": lambda block: block.attn.proj,
+}
 
-    `backward` is called on each block's loss at once: only one block's activations are ever held.
-    """
-    losses = []
-    with torch.no_grad(), torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
-        x, grid = teacher.embed(teacher.normalize(images))
-    for teacher_block, student_block in zip(teacher.blocks, student.blocks):
-        x, loss = align(teacher_block, student_block, x, grid, match, dtype)
-        if backward:
-            backward(loss)
-        losses.append(loss.detach())
-    return torch.stack(losses)
+
+def trained_parameters(student, groups):
+    """Freeze all but these GROUPS; -> a list of what is left for every block."""
+    student.requires_grad_(False)
+    by_block = [[p for name in groups for p in GROUPS[name](block).parameters()]
+                for block in student.blocks]
+    if not any(by_block):
+        raise InputError(f"--train {' '.join(groups)}: {student.attention} attention has no "
+                         "parameters of its own to train")
+    for p in sum(by_block, []):
+        p.requires_grad_(True)
+    return by_block
 
 
 @torch.no_grad()
 def exponential_start(student):
-    """Lower the query and key biases, once, before training: phi(x) = 1 + ELU(x) is exp(x) below 0 and linear above.
+    """Lower query and key biases, once, by what the operator says: 1 + ELU(x) is exp(x) below 0.
 
-    Softmax weights are products of exponentials; the common factor exp(START) cancels in the normaliser, and the linear
-    part still bounds outliers. Paper: no word of the scale of phi; here: this start, which needs no new tensor and costs
-    nothing, lowers the held-out error after 60 steps from 0.586 to 0.516 (README, "What helped").
+    Softmax weights are products of exponentials; the common factor cancels in the normaliser, and
+    phi's linear part still bounds outliers. Paper: no word of phi's scale; here: held-out error
+    after 60 steps 0.516 instead of 0.586 (results/README.md). DINOv3 has no such bias.
     """
     for block in student.blocks:
-        if block.attn.qkv.bias is not None:   # DINOv3 has none, and its rotation would turn the shift away
+        if block.attn.qkv.bias is not None:
             q, k, _ = block.attn.qkv.bias.chunk(3)
-            q += START
-            k += START
+            q += block.attn.operator.start
+            k += block.attn.operator.start
 
 
-def trained_parameters(student, train):
-    """Freeze everything but the query, key and value weights (or LoLCATS' feature maps); return what is left, by block."""
-    if train == "maps" and student.attention != "hedgehog":
-        raise InputError(f"--train maps: expected --attention hedgehog, whose maps it trains, found {student.attention}")
-    student.requires_grad_(False)
-    for block in student.blocks:
-        for module in ([block.attn.qkv] if train == "qkv" else [block.attn.map_q, block.attn.map_k]):
-            module.requires_grad_(True)
-    return [[p for p in block.parameters() if p.requires_grad] for block in student.blocks]
+@torch.no_grad()
+def embed(teacher, images, dtype):
+    """uint8 images (B, 3, H, W) -> (tokens before the first block, grid)."""
+    with torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
+        return teacher.embed(teacher.normalize(images))
+
+
+@torch.no_grad()
+def relative_error(teacher, student, batches, device, dtype, note=list):
+    """Held-out error of each block's attention output: root of the loss, so 1 is the mean of V."""
+    losses = []
+    for images, messages in tqdm(batches, desc="held out", leave=False, delay=2):
+        note(messages)                      # of photos that could not be read
+        x, grid = embed(teacher, images.to(device), dtype)
+        for theirs, ours in zip(teacher.blocks, student.blocks):
+            x, loss = block_alignment(theirs, ours, x, grid, dtype)
+            losses.append(loss)
+    return torch.stack(losses).view(-1, len(teacher.blocks)).mean(0).sqrt().tolist()
 
 
 def main(argv=None):
@@ -155,70 +147,81 @@ def main(argv=None):
     device, dtype = device_and_dtype(args.dtype)
     scaler = torch.amp.GradScaler(device, enabled=dtype == torch.float16)
 
-    teacher, student, origin = load_pair(args.weights, args.teacher, args.attention)
+    teacher, student, digest = load_pair(args.teacher, args.student, args.attention)
     args.size = teacher.arch.pixels[0] if args.size is None else args.size
     teacher.grid(args.size, args.size)
     by_block = trained_parameters(student, args.train)
-    parameters = [p for block in by_block for p in block]
-    source, held_out = unlabelled(args.data)
-    out = open_out(args.out, student)
+    parameters = sum(by_block, [])
+    source, held_out = unlabelled(args.data) if args.data else (Shapes("train"), Shapes("val"))
+    out = open_out(args, [args.teacher, args.student, *(args.data or [])])
     teacher, student = teacher.to(device).requires_grad_(False), student.to(device).train()
-    print(f"student: {student.attention} attention, training {sum(p.numel() for p in parameters) / 1e6:.2f} M "
-          f"of {sum(p.numel() for p in student.parameters()) / 1e6:.2f} M parameters "
-          f"on {len(source)} images of {args.size} pixels, {device}, {dtype}")
+    trained, all_of_it = (sum(p.numel() for p in part) / 1e6
+                          for part in (parameters, student.parameters()))
+    print(f"{student.attention} attention, training {trained:.2f} M of {all_of_it:.2f} M parameters"
+          f" on {len(source)} images of {args.size} pixels, {device}, {dtype}")
 
-    workers = min(8, os.cpu_count() or 1) if device == "cuda" else 0
-    draws = torch.Generator().manual_seed(args.seed)
-    photos = Photos(source, args.size, True, teacher.arch.interpolation)
-    loader = DataLoader(photos, args.batch, num_workers=workers, pin_memory=device == "cuda", generator=draws,
-                        sampler=RandomSampler(photos, num_samples=args.steps * args.batch, generator=draws))
+    crop = v2.Compose([v2.RandomResizedCrop(args.size, (0.35, 1), **BICUBIC),
+                       v2.RandomHorizontalFlip()])
+    whole = v2.Compose([v2.Resize(args.size, **BICUBIC), v2.CenterCrop(args.size)])
+    crop, whole = (crop, whole) if args.data else (v2.Identity(), v2.Identity())
+    read = partial(read_image, short=args.size)
+    gpu = device == "cuda"
+    loader = partial(DataLoader, batch_size=args.batch_size, num_workers=args.workers,
+                     pin_memory=gpu)
+    draws = range(args.steps * args.batch_size)
+    train = loader(Draws(source, read, crop, args.seed), sampler=draws)
     every = max(1, len(held_out) // HELD_OUT)
-    held_out = Subset(Photos(held_out, args.size, False, teacher.arch.interpolation), range(0, len(held_out), every))
-    held_out = DataLoader(held_out, args.batch, num_workers=workers)
-    optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0)   # the weights must stay near the teacher's
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=max(args.steps, 10) + 1,
-                                                   pct_start=0.1, cycle_momentum=False)
-    align = torch.compile(block_alignment, fullgraph=True) if device == "cuda" else block_alignment
+    held_out = loader(Draws(Subset(held_out, range(0, len(held_out), every)), read, whole))
+    optimizer = torch.optim.AdamW(parameters, args.lr, weight_decay=0)  # stay near the teacher's
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, args.lr, max(args.steps, 10) + 1, pct_start=0.1, cycle_momentum=False)
+    align = torch.compile(block_alignment, fullgraph=True) if args.compile else block_alignment
 
-    @torch.no_grad()
-    def relative_error():
-        """Held-out error of each block's attention output: root of the loss, so 1 is the mean of V."""
-        losses = [alignment_step(teacher, student, images.to(device), args.match, dtype) for images in held_out]
-        return torch.stack(losses).mean(0).sqrt().tolist()
-
-    before, start = relative_error(), time.perf_counter()
-    if student.attention == "linear" and "stage" not in student.facts:      # fresh from a softmax file, not a student's
+    unread = []
+    note = partial(note_unread, unread=unread, listed=len(source) + len(held_out.dataset))
+    before = relative_error(teacher, student, held_out, device, dtype, note)
+    if args.student is None:
         exponential_start(student)
-    with open(out / "log.jsonl", "w") as log, tqdm(total=args.steps * args.batch, unit="img", mininterval=1) as bar:
-        for step, images in enumerate(loader, 1):
-            images = images.to(device, non_blocking=True)
-            losses = alignment_step(teacher, student, images, args.match, dtype, align,
-                                    backward=lambda loss: scaler.scale(loss).backward()).tolist()
-            for block, loss in enumerate(losses):
-                if not math.isfinite(loss):
-                    raise InputError(f"the loss of block {block} is {loss} at step {step}: try a lower --lr than {args.lr}")
+    start = time.perf_counter()
+    with open(out / "log.jsonl", "w") as log, tqdm(total=args.steps * args.batch_size, unit="img",
+                                                   mininterval=1) as bar:
+        for step, (images, messages) in enumerate(train, 1):
+            note(messages)
+            x, grid = embed(teacher, images.to(device, non_blocking=True), dtype)
+            losses = []
+            for theirs, ours in zip(teacher.blocks, student.blocks):
+                x, loss = align(theirs, ours, x, grid, dtype)               # attention alignment
+                scaler.scale(loss).backward()   # at once: one block's activations are ever held
+                losses.append(loss.detach())
+            losses = torch.stack(losses).tolist()
+            if not math.isfinite(sum(losses)):
+                raise InputError(f"the blocks' losses are {losses} at step {step}: try a lower "
+                                 f"--lr than {args.lr}")
             scaler.unscale_(optimizer)
-            for block in by_block:            # clipped apart: the blocks share nothing
+            for block in by_block:              # clipped apart: the blocks share nothing
                 nn.utils.clip_grad_norm_(block, 1.0)
             scaler.step(optimizer)
             scaler.update()
-            rate = schedule.get_last_lr()[0]
+            rate, loss = schedule.get_last_lr()[0], sum(losses) / len(losses)
             schedule.step()
             optimizer.zero_grad()
-            log.write(json.dumps({"step": step, "loss": sum(losses) / len(losses), "lr": rate, "blocks": losses,
-                                  "seconds": round(time.perf_counter() - start, 2)}) + "\n")
+            seconds = time.perf_counter() - start
+            log.write(json.dumps({"step": step, "loss": loss, "lr": rate, "blocks": losses,
+                                  "seconds": round(seconds, 2)}) + "\n")
             bar.update(len(images))
-            bar.set_postfix(loss=f"{sum(losses) / len(losses):.4f}", lr=f"{rate:.1e}")
-    seconds, after = time.perf_counter() - start, relative_error()
+            bar.set_postfix(loss=f"{loss:.4f}", lr=f"{rate:.1e}")
 
-    print(f"\nheld-out relative error of the attention output, {args.match} the output projection (1 = mean of V)")
-    print("block  before  after")
+    facts = dict(stage="attention", teacher=digest, training={
+        key: getattr(args, key) for key in ("train", "size", "steps", "batch_size", "lr", "seed")})
+    save_vit(student, out / "student.safetensors", **facts)
+    after = relative_error(teacher, student, held_out, device, dtype, note)
+    print("\nheld-out relative error of the attention output (1 = mean of V)\nblock  before  after")
     for block, (old, new) in enumerate(zip(before, after)):
         print(f"{block:5d}  {old:6.3f}  {new:5.3f}")
-    print(f" mean  {sum(before) / len(before):6.3f}  {sum(after) / len(after):5.3f}   {args.steps} steps in {seconds:.0f} s")
-    facts = dict(stage="attention", teacher=origin, training=vars(args))
-    save_vit(student, out / "student.safetensors", **facts)
-    (out / "report.json").write_text(json.dumps(facts | dict(before=before, after=after, seconds=seconds), indent=1))
+    print(f" mean  {sum(before) / len(before):6.3f}  {sum(after) / len(after):5.3f}   "
+          f"{args.steps} steps in {seconds:.0f} s")
+    write_whole(out / "report.json", facts | dict(before=before, after=after, seconds=seconds,
+                                                  unread=unread, arguments=vars(args)))
     print(f"wrote {out / 'student.safetensors'}")
 
 

@@ -1,27 +1,46 @@
-"""What the tests share: the path to the modules, threads, the folder of real weights and photos, and a few helpers."""
+"""What the tests share: path, one thread, the folder of real weights and photos, and helpers."""
+import contextlib
+import io
+import json
 import os
+import shutil
 import sys
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+import torch.nn as nn
+from PIL import Image
+from torchvision.transforms import v2
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from model import InputError
+import align_attention
+import align_features
+import finetune
+from model import ATTENTION, Architecture, Draws, InputError, Operator, ViT, linear_attention
+from model import load_vit, read_image, read_weights, save_vit
 
-torch.set_num_threads(min(4, torch.get_num_threads()))                  # small tensors: more threads only wait
+torch.set_num_threads(1)                                # small tensors: more threads only wait
 
 
 def pytest_configure(config):
-    config.option.reportchars += "s"                                    # say at the end why tests were skipped
+    config.option.reportchars += "s"                    # say at the end why tests were skipped
 
 
 @pytest.fixture(scope="session")
 def shared():
-    """The folder with a real ViT, the official modules' outputs on it and photos; not part of the project."""
+    """A folder, no part of the project: a real ViT, the official modules' outputs on it, photos."""
     if "ADALA_SHARED" not in os.environ:
-        pytest.skip("needs real weights: set ADALA_SHARED to the folder with weights/, golden/ and data/")
+        pytest.skip("needs real weights: set ADALA_SHARED to a folder of weights/, golden/, data/")
     return Path(os.environ["ADALA_SHARED"])
+
+
+def seeded(*shape, seed=0, dtype=torch.float32):
+    """Normal noise that depends on the seed alone."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
 def error(found, truth):
@@ -30,11 +49,11 @@ def error(found, truth):
 
 
 def randomise(module, seed=0):
-    """Every parameter random, biases and norms too, so that none can be forgotten or exchanged unnoticed."""
+    """Every parameter random, biases and norms too: none is forgotten or exchanged unnoticed."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in module.parameters():
-            whole = p.ndim == 1 or p.shape[0] == 1                      # a bias, norm, token or table; else a product
+            whole = p.ndim == 1 or p.shape[0] == 1      # bias, norm, token or table; else a product
             p.normal_(std=1 if whole else p[0].numel() ** -0.5, generator=generator)
     return module.eval()
 
@@ -51,3 +70,151 @@ def refusal(call, *args, **more):
         call(*args, **more)
     assert len(str(caught.value).splitlines()) == 1
     return str(caught.value)
+
+
+# --------------------------------------------------------------------------------------------------
+# The three stages on tiny random ViTs and photos
+
+ARCH = Architecture(64, 2, 2, 128, patch=8, grid=(4, 4), registers=1, layerscale=True)
+SIZE = 32                                               # pixels: the grid of ARCH
+BRIEF = ["--size", SIZE, "--steps", 3, "--batch-size", 4]
+
+
+def random_vit(seed=0, attention="softmax", **change):
+    """All tensors random, of such size that attention is uneven and no gradient is zero."""
+    torch.manual_seed(seed)
+    vit = ViT(replace(ARCH, **change), attention)
+    with torch.no_grad():
+        for name, tensor in vit.named_parameters():
+            if ".operator." in name:
+                continue                                # starts as its own class says
+            spread = tensor[0].numel() ** -0.5 if tensor.ndim > 1 else 0.25
+            scale = name.endswith(("norm1.weight", "norm2.weight", "norm.weight", "gamma"))
+            tensor.copy_(scale + spread * torch.randn_like(tensor))
+    return vit
+
+
+def random_images(n=3):
+    generator = torch.Generator().manual_seed(n)
+    return torch.randint(0, 256, (n, 3, SIZE, SIZE), dtype=torch.uint8, generator=generator)
+
+
+def call(stage, *argv):
+    """main() of a stage in this process -> what it printed. Numbers and paths may be flags."""
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(io.StringIO()):
+        stage.main([str(word) for word in argv])
+    return out.getvalue()
+
+
+def brief(stage, files, out, *flags):
+    """main() on the fixture's files, three steps if the flags say nothing else."""
+    name, data = ("weights", "classify") if stage is finetune else ("teacher", "photos")
+    return call(stage, f"--{name}", files / "teacher.safetensors", "--data", files / data, *BRIEF,
+                *flags, "--out", out)
+
+
+def moved(before, after):
+    """Names of the tensors of two state dicts that are not bit for bit the same."""
+    assert before.keys() == after.keys()
+    return {name for name in before if not torch.equal(before[name], after[name])}
+
+
+def log_of(out):
+    rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
+
+
+def header(path):
+    """What a file of ours says of itself, which must not be where anything lay."""
+    raw = Path(path).read_bytes()
+    assert b"/" not in raw[8:8 + int.from_bytes(raw[:8], "little")]
+    return read_weights(path)[1]
+
+
+def report_of(out):
+    return json.loads((out / "report.json").read_text())
+
+
+def student_of(out):
+    return load_vit(out / "student.safetensors")
+
+
+def middle(path):
+    """A photo as it is scored: its shorter side scaled to SIZE, the middle of the longer one."""
+    return v2.CenterCrop(SIZE)(v2.Resize(SIZE, interpolation=3)(read_image(path, SIZE)))
+
+
+class Mine(Operator):
+    """An operator of one's own with its own parameters: linear attention and a 3 x 3 conv on V."""
+
+    def __init__(self, arch):
+        super().__init__(arch)
+        self.conv = nn.Conv2d(arch.width, arch.width, 3, padding=1, groups=arch.width)
+
+    def forward(self, q, k, v, grid):
+        prefix, patches = v.tensor_split([v.shape[2] - grid[0] * grid[1]], dim=2)
+        image = patches.transpose(2, 3).flatten(1, 2).unflatten(2, grid)    # (B, C, rows, columns)
+        local = self.conv(image).flatten(2).unflatten(1, v.shape[1:4:2]).mT
+        return linear_attention(q, k, v) + torch.cat([torch.zeros_like(prefix), local], dim=2)
+
+
+@pytest.fixture
+def mine(monkeypatch):
+    """Operators of one's own: "mine", and "lower", linear attention with a start of its own."""
+    monkeypatch.setitem(ATTENTION, "mine", Mine)
+    lower = partial(Operator, function=linear_attention, start=-2.5)
+    monkeypatch.setitem(ATTENTION, "lower", lower)
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """drawn(stage) -> a list that will hold the Draws of that stage's main(), in order."""
+    def watch(stage):
+        made = []
+        monkeypatch.setattr(stage, "Draws", lambda *args: made.append(Draws(*args)) or made[-1])
+        return made
+    return watch
+
+
+@pytest.fixture(scope="session")
+def files(tmp_path_factory):
+    """teacher.safetensors, photos/, classify/ and segment/ (ids 0, 7 and 255). Only to be read."""
+    folder, random = tmp_path_factory.mktemp("files"), np.random.default_rng(0)
+    save_vit(random_vit(), folder / "teacher.safetensors")
+
+    def photo(path, rows, columns, tint=(1, 1, 1), bright=None):
+        pixels = random.integers(0, 160, (rows, columns, 3)) * np.array(tint)
+        if bright:
+            pixels[bright] += 95
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels.astype(np.uint8)).save(path)
+
+    for i in range(12):                 # of both orientations and formats, in folders of folders
+        photo(folder / f"photos/album{i % 3}/{i}.{('jpg', 'png')[i % 2]}",
+              *((40, 48) if i % 4 else (48, 40)))
+    grey = random.integers(0, 256, (40, 48), dtype=np.uint8)
+    Image.fromarray(grey).save(folder / "photos/grey.png")
+    for part, n in (("train", 8), ("val", 5)):
+        (folder / "segment" / part / "masks").mkdir(parents=True)
+        for i in range(n):
+            photo(folder / f"classify/{part}/blue/{i}.jpg", 40, 48, (0.2, 0.4, 1))
+            photo(folder / f"classify/{part}/red/{i}.jpg", 40, 48, (1, 0.4, 0.2))
+            rows, columns = (40, 48) if part == "train" else (SIZE, SIZE)
+            left = random.integers(0, columns // 2)
+            area = slice(8, 8 + rows // 2), slice(left, left + columns // 2)
+            photo(folder / f"segment/{part}/images/{i}.jpg", rows, columns, bright=area)
+            mask = np.zeros((rows, columns), dtype=np.uint8)
+            mask[area], mask[:2] = 7, 255
+            Image.fromarray(mask).save(folder / f"segment/{part}/masks/{i}.png")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def chain(files, tmp_path_factory):
+    """A folder with teacher.safetensors, one/ (stage 1) and two/ (stage 2 on its student)."""
+    out = tmp_path_factory.mktemp("chain")
+    shutil.copy(files / "teacher.safetensors", out)
+    brief(align_attention, files, out / "one")
+    brief(align_features, files, out / "two", "--student", out / "one/student.safetensors")
+    return out

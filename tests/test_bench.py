@@ -1,114 +1,145 @@
-"""bench.py counts, measures and marks what it says it does: exact FLOPs and bytes, calls in turns, no silent gap in a curve."""
+"""bench.py counts, measures and marks what it says: FLOPs, bytes, turns, no silent gaps."""
 import csv
 import itertools
-from functools import partial, partialmethod
+from functools import partial
 
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 import bench
 import model
-from model import Architecture, InputError, Known
+from model import Architecture, InputError
 
-TINY = Architecture(width=128, depth=2, heads=2, hidden=256, patch=14, grid=(2, 2), layerscale=True, position="dinov2")
-PRODUCTS = ("linear", "relu", "products")     # operators whose products are those of linear attention alone
+TINY = Architecture(128, 2, 2, 256, patch=14, grid=(2, 2), layerscale=True, position="dinov2")
+CPU = ("cpu", torch.float32)
+FAST = ("--quick", "--heads", "2", "--points")
 
 
 @pytest.fixture
 def tiny(monkeypatch):
-    """A model that is small enough to time in a test, under the name of the real one."""
-    monkeypatch.setitem(model.KNOWN, "tiny", Known(TINY, "tiny", "mit"))
-    for name in list(bench.MODELS):
-        monkeypatch.setitem(bench.MODELS, name, "tiny")
+    """A model small enough to time in a test, under the names of the real ones."""
+    for name in bench.MODELS.values():
+        monkeypatch.setitem(model.KNOWN, name, TINY)
 
 
-def table(tmp_path, *words):
-    """Runs a part -> the rows of its CSV, numbers as numbers."""
-    bench.main([*words, "--out", str(tmp_path)])
-    path, = tmp_path.glob("*.csv")
+@pytest.fixture(autouse=True)
+def in_a_hurry(monkeypatch):
+    """No more repeats than it takes."""
+    for part, (points, *_, base) in list(bench.PARTS.items()):
+        monkeypatch.setitem(bench.PARTS, part, (points, 0, 0, base))
+
+
+class Mine(model.Operator):
+    """A user's operator, with a parameter, that looks at the grid and not at the queries."""
+    grids = []
+
+    def __init__(self, arch):
+        super().__init__(arch)
+        self.scale = torch.nn.Parameter(torch.ones(arch.heads, 1, arch.width // arch.heads))
+
+    def forward(self, q, k, v, grid):
+        self.grids.append((grid, v.shape[-2]))
+        return v.mean(-2, keepdim=True).expand_as(v) * self.scale
+
+
+def number(text):
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def read(path):
     with open(path, newline="") as file:
         reader = csv.DictReader(file)
         assert reader.fieldnames == list(bench.COLUMNS)
-        rows = list(reader)
-    number = lambda text: float(text) if text and text.replace(".", "").replace("e-", "").replace("e+", "").isdigit() else text
-    return [{key: number(value) for key, value in row.items()} for row in rows]
+        return [{key: number(value) for key, value in row.items()} for row in reader]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Operators
+def table(out, *words):
+    """Runs a part -> the rows of its CSV, numbers as numbers."""
+    bench.main([*words, "--out", str(out)])
+    path, = out.glob("*.csv")
+    return read(path)
 
-def heads(tokens, batch=2, heads=3, dtype=torch.float64):
+
+def inputs(tokens, dtype=torch.float64):
     torch.manual_seed(tokens)
-    return bench.projected(batch, heads, tokens, "cpu", dtype)
+    return bench.projected(2, 3, tokens, "cpu", dtype)
 
 
 def test_strides_are_those_of_the_network():
-    arch = Architecture(3 * bench.HEAD_DIM, 1, 3, 8, 14, (2, 2))
-    attention = model.Attention(arch, "linear")
-    for ours, real in zip(heads(11, dtype=torch.float32), attention.project(torch.randn(2, 11, arch.width))):
-        assert ours.shape == real.shape and ours.stride() == real.stride()
+    attention = model.Attention(Architecture(3 * bench.HEAD_DIM, 1, 3, 8, 14, (2, 2)), "linear")
+    real = attention.project(torch.randn(2, 11, 3 * bench.HEAD_DIM))
+    for ours, theirs in zip(inputs(11, torch.float32), real):
+        assert ours.shape == theirs.shape and ours.stride() == theirs.stride()
 
 
 @pytest.mark.parametrize("tokens", (64, 128, 320))
 def test_nystromformer_equals_its_dense_form(tokens):
     """The N x N map written out, landmarks by a loop."""
-    q, k, v = heads(tokens)
-    few = lambda x: torch.stack([segment.mean(-2) for segment in x.tensor_split(64, dim=-2)], dim=-2)
+    q, k, v = inputs(tokens)
+    few = lambda x: torch.stack([s.mean(-2) for s in x.tensor_split(64, dim=-2)], dim=-2)
     soft = lambda a, b: torch.softmax(a @ b.transpose(-2, -1) / bench.HEAD_DIM ** 0.5, dim=-1)
     a = soft(few(q), few(k))
     inverse, one = a.transpose(-2, -1).clone(), torch.eye(64, dtype=a.dtype)
-    for matrix, z in zip(a.flatten(0, 1), inverse.flatten(0, 1)):
-        z /= torch.linalg.matrix_norm(matrix, 1) * torch.linalg.matrix_norm(matrix, torch.inf)
+    norm = torch.linalg.matrix_norm
+    for m, z in zip(a.flatten(0, 1), inverse.flatten(0, 1)):
+        z /= norm(m, 1) * norm(m, torch.inf)
         for _ in range(6):
-            z.copy_(z @ (13 * one - matrix @ z @ (15 * one - matrix @ z @ (7 * one - matrix @ z))) / 4)
-    dense = soft(q, few(k)) @ inverse @ soft(few(q), k)                  # (B,H,N,N)
+            z.copy_(z @ (13 * one - m @ z @ (15 * one - m @ z @ (7 * one - m @ z))) / 4)
+    dense = soft(q, few(k)) @ inverse @ soft(few(q), k)                 # (B,H,N,N)
     torch.testing.assert_close(bench.nystrom_attention(q, k, v), dense @ v, rtol=1e-10, atol=1e-12)
 
 
 def test_nystromformer_with_a_landmark_for_each_token_is_softmax():
-    """softmax pinv(softmax) softmax = softmax, where the inverse has converged: peaked attention."""
-    q, _, v = heads(64)
-    q = 24 * torch.nn.functional.normalize(q, dim=-1)
-    torch.testing.assert_close(bench.nystrom_attention(q, q, v), model.softmax_reference(q, q, v), rtol=1e-6, atol=1e-6)
+    """softmax pinv(softmax) softmax = softmax where the inverse has converged: peaked attention."""
+    q, _, v = inputs(64)
+    q = 24 * F.normalize(q, dim=-1)
+    found, truth = bench.nystrom_attention(q, q, v), model.softmax_reference(q, q, v)
+    torch.testing.assert_close(found, truth, rtol=1e-6, atol=1e-6)
 
 
 def test_products_are_linear_attention_without_map_and_normaliser():
-    q, k, v = heads(50)
-    torch.testing.assert_close(bench.products(q, k, v), (q @ k.mT) @ v, rtol=1e-10, atol=1e-10)
-    assert sum(x.nbytes for x in bench.copy(q, k, v)) == 2 * v.nbytes
+    q, k, v = inputs(50)
+    products = bench.OTHERS["products"](q, k, v)
+    torch.testing.assert_close(products, (q @ k.mT) @ v, rtol=1e-10, atol=1e-10)
+    assert sum(x.nbytes for x in bench.OTHERS["copy"](q, k, v)) == 2 * v.nbytes
 
 
 def test_every_operator_keeps_the_shape():
-    q, k, v = heads(128, dtype=torch.float32)
-    for name, operator in bench.operators(3, "cpu", torch.float32).items():
-        if name != "copy":
-            assert operator(q, k, v).shape == v.shape, name
+    q, k, v = inputs(128, torch.float32)
+    built = bench.operators(3, (8, 16), *CPU)
+    assert built.keys() == model.ATTENTION.keys() | bench.OTHERS.keys()
+    for name, operator in built.items():
+        assert name == "copy" or operator(q, k, v, (8, 16)).shape == v.shape, name
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What is counted
 
 def flops(name, tokens, backward=False):
-    operator = bench.operators(3, "cpu", torch.float32)[name]
-    return bench.count_flops(lambda: bench.forward_or_both(operator, *bench.projected(2, 3, tokens, "cpu", torch.float32), backward))
+    operator = bench.operators(3, (1, tokens), *CPU)[name]
+    make = lambda: bench.projected(2, 3, tokens, *CPU)
+    call = lambda: bench.forward_or_both(operator, *make(), (1, tokens), backward)()
+    return bench.count_flops(call)
 
 
 @pytest.mark.parametrize("backward", (False, True))
 @pytest.mark.parametrize("tokens", (256, 4096, 65536))
 def test_flops_are_exactly_linear_or_quadratic(tokens, backward):
-    """A product costs 2 operations for each multiplication; the backward of a product is two more."""
+    """A product costs 2 operations for each multiplication; its backward is two more products."""
     once, D = 2 * 2 * 3 * tokens * bench.HEAD_DIM, bench.HEAD_DIM
-    for name in PRODUCTS:
+    for name in ("linear", "relu", "products"):
         assert flops(name, tokens, backward) == 2 * once * D * (1 + 2 * backward)
     assert flops("softmax_reference", tokens, backward) == 2 * once * tokens * (1 + 2 * backward)
-    assert flops("hedgehog", tokens) == 6 * once * D                    # two maps, and products twice as wide
-    fixed = 2 * 2 * 3 * 64 ** 3 * (1 + 6 * 4 + 1)                       # landmarks' map, its inverse, their product with v
+    assert flops("hedgehog", tokens) == 6 * once * D    # two maps, and products twice as wide
+    fixed = 2 * 2 * 3 * 64 ** 3 * (1 + 6 * 4 + 1)       # landmarks' map, inverse, product with v
     assert flops("nystromformer", tokens) == 4 * once * 64 + fixed
 
 
 def test_counting_needs_no_memory():
-    assert flops("softmax_reference", 2 ** 20) == 2 * 2 * 2 * 3 * 2 ** 40 * bench.HEAD_DIM       # maps of 26 terabytes
+    """Maps of 26 terabytes."""
+    assert flops("softmax_reference", 2 ** 20) == 2 * 2 * 2 * 3 * 2 ** 40 * bench.HEAD_DIM
 
 
 def test_peak_memory_is_exact():
@@ -128,18 +159,17 @@ def test_peak_memory_is_exact():
 
 
 def test_written_out_softmax_holds_its_maps_and_linear_does_not():
-    q, k, v = heads(1000, dtype=torch.float32)
-    peak = {name: bench.peak_memory(partial(operator, q, k, v), "cpu") for name, operator in model.ATTENTION.items()}
+    q, k, v = inputs(1000, torch.float32)
+    peak = {name: bench.peak_memory(partial(operator, q, k, v, (25, 40)), "cpu")
+            for name, operator in bench.operators(3, (25, 40), *CPU).items()
+            if name in model.ATTENTION}
     assert peak["softmax_reference"] >= 2 * 2 * 3 * 1000 ** 2 * 4 / 1e6
     assert max(peak["linear"], peak["softmax"]) <= 10 * v.nbytes / 1e6
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# How it is timed
-
 def test_calls_take_turns_and_medians_are_of_them(monkeypatch):
-    order = []
-    took = {"a": iter([100, 1, 2, 3, 4, 50]), "b": iter([100, 10, 10, 10, 10, 10])}             # the first, then repeats
+    order = []                              # took: the first, which only tells how often, then five
+    took = {"a": iter([100, 1, 2, 3, 4, 50]), "b": iter([100, 10, 10, 10, 10, 10])}
 
     def timed(call, device, loops=1):
         call()
@@ -147,8 +177,8 @@ def test_calls_take_turns_and_medians_are_of_them(monkeypatch):
 
     monkeypatch.setattr(bench, "timed", timed)
     monkeypatch.setattr(bench, "peak_memory", lambda call, device: 7)
-    rows = bench.measure({name: partial(order.append, name) for name in took}, {}, "cpu", seconds=0)
-    assert order == ["a", "a", "b", "b"] * 6                            # a warm-up and the first, then turns, each after one untimed
+    rows = bench.measure({n: partial(order.append, n) for n in took}, {}, "cpu", seconds=0)
+    assert order == ["a", "a", "b", "b"] * 6            # warm-up and first, then untimed and timed
     assert rows["a"] == dict(status="ok", peak_mb=7, median_ms=3, low_ms=2, high_ms=4, repeats=5)
     assert rows["b"]["median_ms"] == rows["b"]["low_ms"] == rows["b"]["high_ms"] == 10
 
@@ -161,23 +191,35 @@ def test_a_slow_call_is_the_last_of_its_curve(monkeypatch):
     monkeypatch.setattr(bench, "SLOW", 0.01)
     calls, ended = {"slow": lambda: bench.time.sleep(0.03), "fast": lambda: None}, {}
     first, second = (bench.measure(calls, ended, "cpu", seconds=0.01) for _ in range(2))
-    assert first["slow"]["status"] == "ok" and first["slow"]["repeats"] == 1 and first["slow"]["median_ms"] >= 30
+    slow = first["slow"]
+    assert slow["status"] == "ok" and slow["repeats"] == 1 and slow["median_ms"] >= 30
     assert second["slow"] == {"status": ended["slow"]} and "ended" in ended["slow"]
     assert second["fast"]["status"] == "ok" and second["fast"]["repeats"] >= 5
 
 
+def test_a_slow_curve_ends_alone(monkeypatch, tmp_path):
+    """In a run: the later points of that operator, pass and number of heads, and no others."""
+    monkeypatch.setattr(bench, "SLOW", 0)
+    rows = table(tmp_path, "attention", *FAST, "64", "128")
+    assert all(row["status"] == "ok" for row in rows if row["tokens"] == 64)    # of both passes
+    assert all("ended" in row["status"] for row in rows if row["tokens"] == 128)
+
+
 def test_a_point_whose_maps_do_not_fit_is_skipped_and_marked(monkeypatch, tmp_path):
-    monkeypatch.setattr(bench, "linux", lambda file, pattern, otherwise: 4000 if file == "meminfo" else otherwise)      # 4 MB
-    rows = table(tmp_path, "attention", "--quick", "--heads", "2", "--points", "64", "1024", "2048")
-    written = {row["tokens"]: row for row in rows if row["name"] == "softmax_reference" and row["pass"] == "forward"}
+    four_mb = lambda file, pattern, otherwise: 4000 if file == "meminfo" else otherwise
+    monkeypatch.setattr(bench, "linux", four_mb)
+    rows = table(tmp_path, "attention", *FAST, "64", "1024")
+    written = {row["tokens"]: row for row in rows
+               if row["name"] == "softmax_reference" and row["pass"] == "forward"}
     assert written[64]["status"] == "ok" and written[64]["median_ms"] > 0
-    for tokens in (1024, 2048):
-        assert written[tokens]["status"].startswith("skipped") and "GB" in written[tokens]["status"]
-        assert written[tokens]["median_ms"] == written[tokens]["peak_mb"] == "" and written[tokens]["gflops"] > 0
+    for row in (written[1024],):
+        assert row["status"].startswith("skipped") and "GB" in row["status"]
+        assert row["median_ms"] == row["peak_mb"] == "" and row["gflops"] > 0
     assert all(row["status"] == "ok" for row in rows if row["name"] != "softmax_reference")
 
 
-@pytest.mark.parametrize("error", (torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory")))
+@pytest.mark.parametrize("error", (torch.OutOfMemoryError("CUDA out of memory"),
+                                   RuntimeError("DefaultCPUAllocator: can't allocate memory")))
 def test_out_of_memory_ends_a_curve_and_not_the_run(error):
     def big():
         raise error
@@ -192,84 +234,121 @@ def test_another_error_is_not_swallowed():
         bench.measure({"wrong": lambda: torch.empty(2).view(3)}, {}, "cpu", 0)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The parts
-
 def consistent(rows):
     """Units and ratios of a CSV agree with one another, to the five digits that it holds."""
     close = partial(pytest.approx, rel=2e-4)
     for row in rows:
-        assert row["status"] == "ok" and 0 < row["low_ms"] <= row["median_ms"] <= row["high_ms"] and row["repeats"] >= 1
-        assert row["torch"] and row["torchvision"] and "threads" in row["device"] and row["mode"] == "eager" and row["dtype"] == "float32"
-        assert row["command"].startswith(f"python bench.py {row['part']}") and row["peak_mb"] >= 0
+        assert row["status"] == "ok" and row["repeats"] >= 1 and row["peak_mb"] >= 0
+        assert 0 < row["low_ms"] <= row["median_ms"] <= row["high_ms"]
+        assert row["torch"] and row["torchvision"] and "threads" in row["device"]
+        assert (row["mode"], row["dtype"], row["head_dim"]) == ("eager", "float32", 64)
+        assert row["command"].startswith(f"python bench.py {row['part']}")
         if row["gflops"] != "":
             assert row["gflops_per_s"] == close(row["gflops"] / row["median_ms"] * 1e3)
+        keys = ["heads", "batch", "tokens", "pass"]
         if row["part"] != "attention":
             assert row["images_per_s"] == close(row["batch"] / row["median_ms"] * 1e3)
-        same = {key: row[key] for key in ("model", "heads", "batch", "pixels", "tokens") if row["part"] != "attention"} or {
-            key: row[key] for key in ("heads", "batch", "tokens", "pass")}
-        base, = (other for other in rows if other["name"] == row["ratio_to"] and same.items() <= other.items())
+            keys = ["model", "heads", "batch", "pixels", "tokens"]
+        base, = (other for other in rows if other["name"] == row["ratio_to"]
+                 and all(other[key] == row[key] for key in keys))
         assert row["ratio"] == close(row["median_ms"] / base["median_ms"])
 
 
-def test_part_attention(tmp_path, capsys):
-    rows = table(tmp_path, "attention", "--quick", "--heads", "2", "--points", "64", "1024")
+def test_part_attention(tmp_path, capsys, monkeypatch):
+    """A user's operator is measured like the others."""
+    monkeypatch.setitem(model.ATTENTION, "mine", Mine)
+    Mine.grids.clear()
+    rows = table(tmp_path, "attention", *FAST, "64", "1024")
     consistent(rows)
-    assert {(row["name"], row["tokens"], row["pass"]) for row in rows} == set(itertools.product(
-        bench.operators(2, "cpu", torch.float32), (64, 1024), ("forward", "forward+backward"))) - {
-        ("copy", tokens, "forward+backward") for tokens in (64, 1024)}
+    wanted = set(itertools.product([*model.ATTENTION, *bench.OTHERS], (64, 1024),
+                                   ("forward", "forward+backward")))
+    wanted -= {("copy", tokens, "forward+backward") for tokens in (64, 1024)}
+    assert {(row["name"], row["tokens"], row["pass"]) for row in rows} == wanted
+    assert set(Mine.grids) == {((8, 8), 64), ((32, 32), 1024)}
+    wide = dict.fromkeys(("linear", "relu", "products"), 64)
     for row in rows:
-        assert (row["heads"], row["head_dim"], row["batch"]) == (2, 64, 1)
-        assert row["resident_mb"] == pytest.approx(3 * 2 * row["tokens"] * 64 * 4 / 1e6, rel=1e-3)
+        N = row["tokens"]
+        assert (row["heads"], row["batch"]) == (2, 1)
+        assert row["resident_mb"] == pytest.approx(3 * 2 * N * 64 * 4 / 1e6, rel=1e-3)
         assert bool(row["backend"]) == (row["name"] == "softmax")
-        want = {"softmax": row["tokens"], "softmax_reference": row["tokens"], "linear": 64, "relu": 64, "products": 64}.get(row["name"])
-        if want:
-            assert row["gflops"] == pytest.approx(1e-9 * 4 * 2 * row["tokens"] * 64 * want * (3 if "back" in row["pass"] else 1), rel=1e-4)
+        if width := (wide | dict.fromkeys(("softmax", "softmax_reference"), N)).get(row["name"]):
+            passes = 3 if "back" in row["pass"] else 1
+            assert row["gflops"] == pytest.approx(1e-9 * 4 * 2 * N * 64 * width * passes, rel=1e-4)
     said = capsys.readouterr().out
-    assert said.count("from 64 to 1024 tokens linear costs") == 2 and said.count("moving q, k, v and out once") == 1 and "wrote" in said
+    for name in ("linear", "mine"):
+        assert said.count(f"{name} takes") == 2
+    assert said.count("copy takes") == 1 and "wrote" in said
 
 
-def test_part_model(tiny, tmp_path, capsys):
-    rows = table(tmp_path, "model", "--quick", "--points", "30", "55")
+def test_part_model(tiny, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(model.ATTENTION, "mine", Mine)
+    rows = table(tmp_path, "model", "--quick", "--points", "30", "55", "--operators",
+                 "softmax_reference", "softmax", "linear", "mine")
     consistent(rows)
     assert {(row["name"], row["pixels"], row["tokens"]) for row in rows} == {
-        (name, pixels, tokens) for name in ("softmax_reference", "softmax", "linear") for pixels, tokens in ((28, 5), (56, 17))}
-    vit = model.ViT(TINY)
+        (name, *point) for name in ("softmax_reference", "softmax", "linear", "mine")
+        for point in ((28, 5), (56, 17))}
     for row in rows:
-        assert row["resident_mb"] == pytest.approx((sum(p.nbytes for p in vit.parameters()) + 3 * 4 * row["pixels"] ** 2) / 1e6, rel=1e-3)
         N, C = row["tokens"], TINY.width
+        size = sum(p.nbytes for p in model.ViT(TINY, row["name"]).parameters())
+        assert row["resident_mb"] == pytest.approx((size + 12 * row["pixels"] ** 2) / 1e6, rel=1e-3)
         linears = 2 * N * C * (4 * C + 2 * TINY.hidden) * TINY.depth + 2 * (N - 1) * C * 3 * 14 ** 2
-        maps = 4 * N * C * (64 if row["name"] == "linear" else N) * TINY.depth
+        maps = 4 * N * C * {"linear": 64, "mine": 0}.get(row["name"], N) * TINY.depth
         assert row["gflops"] == pytest.approx(1e-9 * (linears + maps), rel=1e-4)
-    assert "linear is as fast as fused softmax" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    for name in ("softmax_reference", "linear", "mine"):
+        assert said.count(f"forward: {name} takes") == 1
+    rows = table(tmp_path / "alone", "model", "--quick", "--points", "28", "--operators", "mine")
+    assert [(row["name"], row["ratio"]) for row in rows] == [("mine", "")]
+    usual = {row["name"] for row in table(tmp_path / "usual", "model", "--quick", "--points", "28")}
+    assert usual == {"softmax_reference", "softmax", "linear"}
+
+
+def test_part_model_in_half_precision_has_the_paper_s_softmax_too(tiny, tmp_path):
+    rows = table(tmp_path, "model", "--quick", "--points", "28", "--dtype", "bfloat16")
+    size = {row["name"]: row["resident_mb"] for row in rows}
+    assert size["softmax_reference, float32"] > 1.9 * size["softmax_reference"] and len(size) == 4
 
 
 def test_part_train(tiny, tmp_path, monkeypatch):
-    seen = {}
-    real = bench.linearize
-    monkeypatch.setattr(bench, "linearize", lambda vit: seen.setdefault(len(seen), (vit, real(vit)))[1])
+    seen, real = [], bench.linearize
+
+    def linearize(vit):
+        seen.append((vit, real(vit)))
+        return seen[-1][1]
+
+    monkeypatch.setattr(bench, "linearize", linearize)
     rows = table(tmp_path, "train", "--quick", "--points", "28")
     consistent(rows)
-    assert [row["name"] for row in rows] == ["teacher forward", "stage 1", "stage 2"] and rows[0]["ratio"] == 1
-    (teacher, one), (_, two) = seen.values()
-    changed = lambda student: {name for (name, a), b in zip(student.named_parameters(), teacher.parameters()) if not torch.equal(a, b)}
-    assert changed(one) == {name for name, _ in teacher.named_parameters() if "qkv" in name}     # stage 1's weights and no others
-    assert len(changed(two)) > 0.9 * len(list(two.parameters()))
+    assert [row["name"] for row in rows] == ["teacher forward", "stage 1", "stage 2"]
+    (teacher, one), (_, two) = seen
+    changed = lambda student: {name for (name, a), b in zip(
+        student.named_parameters(), teacher.parameters()) if not torch.equal(a, b)}
+    assert changed(one) == {name for name, _ in teacher.named_parameters() if "qkv" in name}
+    assert len(changed(two)) > 0.9 * len(list(two.parameters())) and rows[0]["ratio"] == 1
     assert not any(p.requires_grad for p in teacher.parameters())
 
 
-@pytest.mark.parametrize("words", (("attention", "--points", "64"), ("model", "--points", "28"), ("train", "--points", "28")), ids=str)
+@pytest.mark.parametrize("words", (("attention", "--points", "64"), ("model", "--points", "28"),
+                                   ("train", "--points", "28")), ids=str)
 def test_compiled(words, tiny, tmp_path, monkeypatch):
     """The default of a GPU, with a backend that needs no compiler."""
+    key = lambda row: (row["name"], row["tokens"], row["pass"])
+    compiled, real = [], torch.nn.Module.compile
+
+    def once(module, **more):
+        compiled.extend(getattr(part, "function", None) for part in module.modules())
+        real(module, backend="aot_eager", **more)
+
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
-    monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(torch.nn.Module.compile, backend="aot_eager"))
-    eager = {(row["name"], row["tokens"], row["pass"]): row["gflops"] for row in table(tmp_path / "eager", *words, "--quick")}
-    rows = table(tmp_path, *words, "--quick", "--mode", "compiled")
-    assert {row["status"] for row in rows} == {"ok"}
-    for row in rows:                          # compiled, the written-out form would become the fused kernel and lose its maps
+    monkeypatch.setattr(torch.nn.Module, "compile", once)
+    eager = {key(row): row["gflops"] for row in table(tmp_path / "eager", *words, "--quick")}
+    for row in table(tmp_path, *words, "--quick", "--mode", "compiled"):
+        assert row["status"] == "ok" and row["ratio"] > 0 and row["gflops"] == eager[key(row)]
         assert row["mode"] == ("eager" if row["name"] == "softmax_reference" else "compiled")
-        assert row["ratio"] > 0 and row["gflops"] == eager[row["name"], row["tokens"], row["pass"]]
-    assert list(tmp_path.glob(f"bench-cpu-{words[0]}-compiled-quick.csv"))
+    assert model.softmax_reference not in compiled      # it would become the fused kernel
+    assert (model.linear_attention in compiled) == (words[0] != "train")
+    assert (tmp_path / f"bench-cpu-{words[0]}-compiled-quick.csv").exists()
 
 
 def test_what_was_measured_survives_an_interruption(tmp_path, monkeypatch):
@@ -283,47 +362,62 @@ def test_what_was_measured_survives_an_interruption(tmp_path, monkeypatch):
 
     monkeypatch.setattr(bench, "measure", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        bench.main(["attention", "--quick", "--points", "64", "128", "--out", str(tmp_path)])
-    with open(tmp_path / "bench-cpu-attention-eager-quick.csv") as file:
-        assert {row["tokens"] for row in csv.DictReader(file)} == {"64"}
+        table(tmp_path, "attention", *FAST, "64", "128")
+    assert {row["tokens"] for row in read(*tmp_path.glob("*.csv"))} == {64}
 
 
-def curve(**gains):
-    """Rows of a model whose linear form is `gain` times as fast as softmax, which needs pixels^2 ms."""
-    return [dict(name=name, pixels=int(pixels[1:]), images_per_s=1e6 / int(pixels[1:]) ** 2 * (gain if name == "linear" else 1))
-            for pixels, gain in gains.items() for name in ("softmax", "linear")]
+def curve(**ratios):
+    """Rows of an operator whose time is so many times fused softmax's."""
+    return [{"pixels": int(pixels[1:]), "ratio": ratio} for pixels, ratio in ratios.items()]
 
 
 def test_crossover():
-    assert bench.crossover(curve(p100=0.5, p400=2.0)) == 200            # half way on a logarithmic axis
-    assert bench.crossover(curve(p100=1.1, p200=0.9, p400=1.0)) == 400  # for good
-    assert bench.crossover(curve(p100=1.0, p200=2.0)) == 100
-    assert bench.crossover(curve(p100=2.0, p200=0.9)) is None
-    assert bench.crossover([row for row in curve(p100=0.5, p400=2.0) if row["pixels"] == 100 or row["name"] == "linear"]) is None
+    assert bench.crossover(curve(p100=2, p400=0.5)) == 200              # half way, log-log
+    assert bench.crossover(curve(p100=0.9, p200=1.1, p400=1)) == 400    # for good
+    assert bench.crossover(curve(p100=1, p200=0.5)) == 100
+    assert bench.crossover(curve(p100=0.5, p200=1.1)) is None
+    assert bench.crossover([]) is None
 
 
-def test_the_picture(tmp_path):
+def test_the_picture_and_nothing_is_ever_replaced(tmp_path):
     pytest.importorskip("matplotlib", reason="the picture of bench.py needs matplotlib")
-    table(tmp_path, "attention", "--quick", "--points", "64", "128")
-    with Image.open(tmp_path / "bench-cpu-attention-eager-quick.png") as image:
-        assert min(image.size) > 200
+    (tmp_path / "bench-cpu-train-eager-quick-1.png").write_bytes(b"mine")
+    (tmp_path / "bench-cpu-attention-eager-quick-1.png").write_bytes(b"mine")
+    for _ in range(3):
+        before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+        bench.main(["attention", *FAST, "64", "128", "--out", str(tmp_path)])
+        assert all(path.read_bytes() == content for path, content in before.items())
+    for tail in ("", "-2", "-3"):
+        assert read(tmp_path / f"bench-cpu-attention-eager-quick{tail}.csv")
+        with Image.open(tmp_path / f"bench-cpu-attention-eager-quick{tail}.png") as image:
+            assert min(image.size) > 200
+    assert len(list(tmp_path.iterdir())) == 8
 
 
 def test_without_matplotlib_one_line_says_how_to_get_it(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(bench.sys.modules, "matplotlib", None)
-    table(tmp_path, "attention", "--quick", "--points", "64", "128")
+    monkeypatch.setitem(bench.sys.modules, "matplotlib.figure", None)
+    table(tmp_path, "attention", *FAST, "64", "128")
     assert "pip install matplotlib" in capsys.readouterr().out and not list(tmp_path.glob("*.png"))
 
 
-@pytest.mark.parametrize("words, says", ((("attention", "--points", "0"), "--points"), (("model", "--batch", "-1"), "--batch"),
-                                         (("attention", "--heads", "0"), "--heads"), (("attention", "--points", "100"), "multiples")), ids=str)
+@pytest.mark.parametrize("words, says", (
+    (("attention", "--points", "0"), "--points"), (("model", "--batch-size", "-1"), "--batch-size"),
+    (("attention", "--heads", "0"), "--heads"), (("attention", "--points", "100"), "multiples")))
 def test_bad_flags_are_refused(words, says, tmp_path):
     with pytest.raises(InputError, match=says):
-        bench.main([*words, "--out", str(tmp_path)])
+        table(tmp_path, *words)
     assert not list(tmp_path.iterdir())
+
+
+def test_help_says_every_default(capsys):
+    with pytest.raises(SystemExit):
+        bench.parse(["--help"])
+    flags = capsys.readouterr().out.split("\n  --")[1:]
+    assert len(flags) == 9 and all("(default:" in flag for flag in flags)
 
 
 def test_an_output_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match="could not be written"):
-        bench.main(["attention", "--quick", "--points", "64", "--out", str(tmp_path / "file/below")])
+        table(tmp_path / "file/below", "attention", *FAST, "64")

@@ -1,469 +1,400 @@
-"""What the user may get wrong: each stage refuses it before it starts, in one line, and leaves nothing behind.
-
-In this process an InputError is the answer; the last tests start the real scripts and look at stderr and exit code.
-"""
+"""Nothing lost, nothing misread: what a run writes, and photos, masks and names of users."""
 import contextlib
-import io
-import json
 import os
-import re
+import random
 import shutil
+import struct
 import subprocess
 import sys
-from dataclasses import replace
+import zlib
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from conftest import call, refusal
 from PIL import Image
-from safetensors.torch import save_file
 
 import align_attention
 import align_features
 import finetune
 import model
-from model import Architecture, InputError, ViT, linearize, save_vit, sha256
+from finetune import load_data, read_item, read_mask
+from model import Draws, InputError, find_images, read_image
 
-ROOT = Path(__file__).resolve().parent.parent
-ARCH = Architecture(width=64, depth=2, heads=2, hidden=128, patch=8, grid=(4, 4))
-MODULES = {"attention": align_attention, "features": align_features, "classify": finetune, "segment": finetune}
-FOLDER = {"attention": "photos", "features": "photos", "classify": "classify", "segment": "segment"}
-every_stage = pytest.mark.parametrize("stage", MODULES)
-unlabelled = pytest.mark.parametrize("stage", ("attention", "features"))
+SCRIPT = {"attention": align_attention, "features": align_features, "classify": finetune,
+          "segment": finetune, "predict": finetune}
+TURN = [None, lambda x: x, lambda x: x.flip(-1), lambda x: x.flip(-1, -2), lambda x: x.flip(-2),
+        lambda x: x.mT, lambda x: x.mT.flip(-1), lambda x: x.mT.flip(-1, -2),
+        lambda x: x.mT.flip(-2)]                        # by EXIF's orientation: raw -> upright
+EXIF = [b"Exif\0\0II*\0\b\0\0\0\1\0\x12\1\3\0\1\0\0\0%c" % turn + bytes(7) for turn in range(9)]
 
 
-@pytest.fixture(autouse=True)
-def known(monkeypatch):
-    """ARCH is a known architecture, so that files without our header are recognised by their shapes."""
-    monkeypatch.setitem(model.KNOWN, "tiny", model.Known(ARCH, "tiny", "mit"))
+def noise(*shape, seed=0, top=256):
+    return np.random.default_rng(seed).integers(0, top, shape, dtype=np.uint8)
+
+
+TWO, FOUR = noise(20, 24, top=2), noise(20, 24, top=4)
+
+
+def put(path, array=noise(20, 24, 3), mode=None, **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    (Image.fromarray(array).convert(mode) if mode else Image.fromarray(array)).save(path, **options)
+    return path
+
+
+def png(path, ids, depth=8, palette=b""):
+    """A grey or palette PNG of any depth, written here, since Pillow writes no grey of 2 or 4."""
+    bits = (ids[..., None].astype(int) >> np.arange(depth)[::-1] & 1).reshape(len(ids), -1)
+    data = zlib.compress(b"".join(b"\0" + np.packbits(row).tobytes() for row in bits))
+    size = struct.pack(">IIBBBBB", *ids.shape[::-1], depth, 3 if palette else 0, 0, 0, 0)
+    chunks = [b"IHDR" + size, *[b"PLTE" + palette] * bool(palette), b"IDAT" + data, b"IEND"]
+    chunks = [struct.pack(">I", len(c) - 4) + c + struct.pack(">I", zlib.crc32(c)) for c in chunks]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunks))
+    return path
+
+
+def state(folder, *but):
+    """Every file below a folder, but in these, -> what it holds; every link -> where it leads."""
+    paths = [p for p in Path(folder).rglob("*") if p.relative_to(folder).parts[0] not in but]
+    return {str(p.relative_to(folder)): os.readlink(p) if p.is_symlink() else p.read_bytes()
+            for p in paths if not p.is_dir()}
 
 
 @pytest.fixture
-def files(tmp_path):
-    """A good softmax file, a student of it, and photos for each stage, which the tests then damage."""
-    random = np.random.default_rng(0)
-
-    def image(path, channels=(3,)):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(random.integers(0, 2 if channels == () else 256, (40, 48, *channels), dtype=np.uint8)).save(path)
-
-    torch.manual_seed(0)
-    teacher = ViT(ARCH)
-    save_vit(teacher, tmp_path / "teacher.safetensors")
-    save_vit(linearize(teacher), tmp_path / "student.safetensors", stage="attention",
-             teacher={"file": tmp_path / "teacher.safetensors", "sha256": sha256(tmp_path / "teacher.safetensors")})
-    for i in range(3):
-        image(tmp_path / "photos" / f"{i}.{('jpg', 'png')[i % 2]}")
-        for part in ("train", "val"):
-            image(tmp_path / "classify" / part / "ab"[i % 2] / f"{i}.jpg")
-            image(tmp_path / "segment" / part / "images" / f"{i}.jpg")
-            image(tmp_path / "segment" / part / "masks" / f"{i}.png", ())
-    return tmp_path
+def world(files, tmp_path):
+    top, save = shutil.copytree(files, tmp_path / "world"), model.save_vit
+    teacher, student, digest = model.load_pair(top / "teacher.safetensors")
+    save(student, top / "student.safetensors", stage="attention", teacher=digest)
+    for task in ("classify", "segment"):
+        save(teacher, top / f"{task}.safetensors", finetune.make_head(teacher.arch, task, 2),
+             task=task, classes=["sky", "sea"], ids=[0, 7], size=16, stage="finetune")
+    return top
 
 
-def argv_of(stage, files, **flags):
-    """The words of a good, short run; a flag may be changed, added, dropped (None) or given without a value (True)."""
-    argv = dict(weights=files / "teacher.safetensors", data=files / FOLDER[stage], size=32, steps=2, batch=2, out=files / "out")
-    if MODULES[stage] is finetune:
-        argv["task"] = stage
-    words = []
-    for flag, value in (argv | flags).items():
-        if value is not None:
-            values = value if isinstance(value, list) else [] if value is True else [value]
-            words += ["--" + flag.replace("_", "-"), *(str(v) for v in values)]
-    return words
-
-
-def call(stage, words):
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        MODULES[stage].main(words)
-
-
-def refused(stage, files, *says, **flags):
-    """The run ends in an InputError of one line that says each of `says`, and --out was not created."""
-    with pytest.raises(InputError) as caught:
-        call(stage, argv_of(stage, files, **flags))
-    message = str(caught.value)
-    assert message.strip() and "\n" not in message
-    for word in says:
-        assert str(word) in message
-    assert not (files / "out").exists()
-
-
-@every_stage
-def test_the_run_without_damage_is_good(files, stage):
-    """Or the tests below would prove nothing."""
-    call(stage, argv_of(stage, files))
-    assert list((files / "out").glob("*.safetensors"))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Weight files
-
-def tensors():
-    return ViT(ARCH).state_dict()
-
-
-def cut(path):
-    path.write_bytes(path.read_bytes()[:-1000])
-    return path
-
-
-def written(path, content):
-    if path.suffix == ".safetensors":
-        save_file(content, path)
-    else:
-        torch.save(content, path)
-    return path
-
-
-def bytes_of(path, content):
-    path.write_bytes(content)
-    return path
-
-
-RESNET = {"conv1.weight": torch.zeros(64, 3, 7, 7), "layer1.0.conv1.weight": torch.zeros(64, 64, 3, 3), "fc.weight": torch.zeros(10, 64)}
-SWAP = {"blocks.0.attn.qkv.weight": torch.zeros(3, 3)}
-WEIGHTS = {                                   # what is wrong: (a function that writes the file, what the message says)
-    "missing safetensors": (lambda folder: folder / "none.safetensors", ()),
-    "missing pth": (lambda folder: folder / "none.pth", ()),
-    "a folder": (lambda folder: folder, ()),
-    "an unknown name": (lambda folder: Path("vit_tiny_of_nobody"), ("known name",)),
-    "empty safetensors": (lambda folder: bytes_of(folder / "bad.safetensors", b""), ()),
-    "empty pth": (lambda folder: bytes_of(folder / "bad.pth", b""), ()),
-    "junk safetensors": (lambda folder: bytes_of(folder / "bad.safetensors", b"junk" * 99), ()),
-    "junk pth": (lambda folder: bytes_of(folder / "bad.pth", b"<html>404 Not Found</html>\n"), ()),
-    "short junk pth": (lambda folder: bytes_of(folder / "bad.pth", b"junk"), ()),
-    "other junk pth": (lambda folder: bytes_of(folder / "bad.pth", b"r" * 99), ()),
-    "text pth": (lambda folder: bytes_of(folder / "bad.pth", b"version https://git-lfs.github.com/spec/v1\n"), ()),
-    "cut safetensors": (lambda folder: cut(written(folder / "bad.safetensors", tensors())), ()),
-    "cut pth": (lambda folder: cut(written(folder / "bad.pth", tensors())), ()),
-    "a photo": (lambda folder: Path(shutil.copy(folder / "photos/0.jpg", folder / "bad.pth")), ()),
-    "ResNet safetensors": (lambda folder: written(folder / "bad.safetensors", RESNET), ("patch_embed.proj.weight",)),
-    "ResNet pth": (lambda folder: written(folder / "bad.pth", RESNET), ("patch_embed.proj.weight",)),
-    "no dictionary": (lambda folder: written(folder / "bad.pth", [1, 2, 3]), ("dictionary",)),
-    "keys that are numbers": (lambda folder: written(folder / "bad.pth", {1: torch.zeros(2)}), ()),
-    "more than tensors": (lambda folder: written(folder / "bad.pth", tensors() | {"epoch": 3}), ("dictionary",)),
-    "lacks a tensor": (lambda folder: written(folder / "bad.pth", {k: t for k, t in tensors().items() if k != "norm.bias"}), ("norm.bias",)),
-    "has one more": (lambda folder: written(folder / "bad.pth", tensors() | {"blocks.0.more": torch.zeros(2)}), ("blocks.0.more",)),
-    "has a wrong shape": (lambda folder: written(folder / "bad.pth", tensors() | SWAP), ("qkv.weight", "(3, 3)")),
-    "patches of one axis": (lambda folder: written(folder / "bad.pth", tensors() | {"patch_embed.proj.weight": torch.zeros(64, 192)}), ()),
-}
-
-
-@pytest.mark.parametrize("wrong", WEIGHTS)
-@every_stage
-def test_weights(files, stage, wrong):
-    make, says = WEIGHTS[wrong]
-    path = make(files)
-    refused(stage, files, path, *says, weights=path)
-
-
-@pytest.mark.parametrize("wrong", ("missing pth", "junk safetensors", "ResNet pth"))
-def test_weights_of_a_later_row_are_seen_at_once(files, wrong):
-    """Also behind :linear, and also where only the architecture is taken."""
-    make, says = WEIGHTS[wrong]
-    path = make(files)
-    refused("classify", files, path, *says, weights=[files / "teacher.safetensors", f"{path}:linear"])
-    refused("classify", files, path, *says, weights=[files / "teacher.safetensors", path], from_scratch=True)
-
-
-@every_stage
-def test_weights_must_be_named(files, stage):
-    refused(stage, files, "--weights", weights=None)
-
-
-@pytest.mark.parametrize("facts", ("[]", "null", '"text"', "{", '{"architecture": 3}', '{"architecture": {"width": 64}}',
-                                   json.dumps({"architecture": dict(width=64, depth=2, heads=2, hidden=128, patch=8, grid=[4, 4], newer=1)})))
-def test_header_of_another_program_or_version(files, facts):
-    save_file(tensors(), files / "bad.safetensors", metadata={"adala": facts})
-    refused("attention", files, files / "bad.safetensors", weights=files / "bad.safetensors")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Teacher and student
-
-def test_teacher_file_that_changed(files):
-    save_vit(ViT(ARCH), files / "teacher.safetensors")
-    for stage in ("attention", "features"):
-        refused(stage, files, files / "teacher.safetensors", "changed", weights=files / "student.safetensors")
-
-
-def test_teacher_file_that_is_gone(files):
-    (files / "teacher.safetensors").unlink()
-    refused("features", files, files / "teacher.safetensors", weights=files / "student.safetensors")
-
-
-@unlabelled
-def test_teachers_that_do_not_fit(files, stage):
-    save_vit(ViT(replace(ARCH, depth=3)), files / "deeper.safetensors")
-    save_vit(linearize(ViT(ARCH)), files / "orphan.safetensors")
-    student = files / "student.safetensors"
-    refused(stage, files, "deeper.safetensors", "architecture", weights=student, teacher=files / "deeper.safetensors")
-    refused(stage, files, "student.safetensors", "softmax", weights=student, teacher=student)
-    refused(stage, files, "none.pth", weights=student, teacher=files / "none.pth")
-    refused(stage, files, "--teacher", weights=files / "orphan.safetensors")
-    refused(stage, files, "--attention relu", weights=student, attention="relu")
-
-
-def test_maps_need_hedgehog(files):
-    refused("attention", files, "--train maps", "hedgehog", train="maps")
-    refused("attention", files, "--train maps", "hedgehog", train="maps", attention="relu")
-    refused("attention", files, "--train maps", "hedgehog", train="maps", weights=files / "student.safetensors")
-
-
-def test_freeze_and_from_scratch(files):
-    refused("classify", files, "--freeze", "--from-scratch", freeze=True, from_scratch=True)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Numbers
-
-@pytest.mark.parametrize("size", (33, 4, 0, -8))
-@every_stage
-def test_size_is_a_multiple_of_the_patch(files, stage, size):
-    refused(stage, files, size, "8 pixels", size=size)
-
-
-@pytest.mark.parametrize("flags", (dict(steps=0), dict(steps=-1), dict(batch=0), dict(batch=-2)), ids=str)
-@every_stage
-def test_counts_are_positive(files, stage, flags):
-    """Refused by argparse (exit code 2) or by us."""
-    with pytest.raises((InputError, SystemExit)) as caught:
-        call(stage, argv_of(stage, files, **flags))
-    assert "\n" not in str(caught.value) and not (files / "out").exists()
-
-
-@pytest.mark.parametrize("lr", (0, -1e-3, float("nan"), float("inf")))
-@every_stage
-def test_learning_rate_is_above_zero(files, stage, lr):
-    refused(stage, files, "--lr", lr, lr=lr)
-
-
-@every_stage
-def test_the_demo_has_one_size(files, stage):
-    refused(stage, files, "--size 32", "64", data="demo", size=32)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Photos and labels
-
-@every_stage
-def test_no_data(files, stage):
-    refused(stage, files, "nowhere", data=files / "nowhere")
-    (files / "empty/train").mkdir(parents=True)
-    (files / "empty/val").mkdir()
-    (files / "empty/train/notes.txt").write_text("no photo")
-    refused(stage, files, "empty", data=files / "empty")
-
-
-def some_image(stage, files, part):
-    """A photo of the training or the held-out part of a stage's data."""
+def start(stage, world, main=call, **changes):
+    """A good, short command, some of its flags changed or added -> what it printed."""
+    data = world / (stage if stage in ("classify", "segment") else "photos")
+    flags = dict(weights=world / "teacher.safetensors", task=stage, data=data, steps=1)
     if stage in ("attention", "features"):
-        return files / "photos" / ("0.jpg" if part == "val" else "2.jpg")
-    return files / stage / part / ("a" if stage == "classify" else "images") / "0.jpg"
+        flags = dict(teacher=world / "teacher.safetensors", data=data, steps=1)
+    if stage == "predict":
+        flags = dict(weights=world / "segment.safetensors", predict=data)
+    flags |= dict(out=world / "out", batch_size=2, size=16) | changes
+    words = [(f"--{name.replace('_', '-')}", str(value)) for name, value in flags.items()]
+    return main(SCRIPT[stage], *sum(words, ()))
 
 
-@pytest.mark.parametrize("wrong", ("empty", "junk", "cut to half", "cut by a bit", "text"))
-@pytest.mark.parametrize("part", ("train", "val"))
-@every_stage
-def test_unreadable_photo(files, stage, part, wrong):
-    path = some_image(stage, files, part)
+READS = dict(attention="teacher student data", features="teacher student data",
+             classify="weights data", segment="weights data", predict="weights predict")
+
+
+@pytest.mark.parametrize("way", ("is", "holds", "lies in", "input is a link", "holds the link"))
+@pytest.mark.parametrize("stage, flag", [(s, flag) for s in READS for flag in READS[s].split()])
+def test_out_over_what_is_read(world, stage, flag, way):
+    """run.json makes each folder look like an earlier run's, which alone would be moved aside."""
+    normal = start(stage, world, lambda *words: words, student=world / "student.safetensors")
+    given, box = Path(normal[normal.index(f"--{flag}") + 1]), world / "box"
+    box.mkdir()
+    inside = given.rename(box / given.name)
+    for folder in (box, inside) if inside.is_dir() else (box,):
+        (folder / "run.json").write_text("{}")
+    given, out = inside, {"is": inside, "lies in": inside / "new"}.get(way, box)
+    if way == "input is a link":
+        (given := world / "link").symlink_to(inside)
+        (out := world / "box link").symlink_to(box)
+    elif way == "holds the link":
+        inside.symlink_to(inside.rename(world / "elsewhere"))
+    before = state(world)
+    assert "--out" in refusal(start, stage, world, **{flag: given, "out": out})
+    assert state(world) == before
+
+
+@pytest.mark.parametrize("stage", SCRIPT)
+def test_the_next_run_keeps_the_last(world, stage, monkeypatch):
+    """The same command again, a run that fails late, another task: each folder stays, numbered."""
+    start(stage, world)
+    first, others = state(world / "out"), state(world, "out")
+    assert "out-1" in start(stage, world)
+    second = state(world / "out")
+    refusal(start, stage if stage != "predict" else "classify", world, lr=1e30, steps=9)
+    assert "out-3" in start("segment", world) and second.keys() == first.keys()
+    third = state(world / "out")
+    monkeypatch.chdir(world / "out")                    # it moves; the new run belongs where it was
+    start("attention", world, out=".")
+    assert [state(world / f"out-{i}") for i in (1, 2, 4)] == [first, second, third]
+    assert state(world, "out", *(f"out-{i}" for i in range(1, 5))) == others
+
+
+def test_out_of_others(world, monkeypatch):
+    (world / "run.json").write_text("mine")
+    before, file = state(world), world / "teacher.safetensors"
+    monkeypatch.setitem(model.KNOWN, "tiny", model.load_vit(file).arch)
+    for out, spec in (("photos/album1", file), ("run.json", file), ("run.json/below", file),
+                      (".", f"{file}:linear"), (".", f"tiny={file}"), (".", f"tiny={file}:linear")):
+        assert "--out" in refusal(start, "classify", world, weights=spec, out=world / out)
+    assert state(world) == before
+
+
+def test_predictions_stay_apart(world):
+    """Masks and overlays have names that two photos cannot share; a single file is taken, too."""
+    names, ends = ("a.jpg", "a.png", "a.png.overlay.png", "deep/a.jpg"), (".png", ".overlay.png")
+    before = [put(world / "p" / name).read_bytes() for name in names]
+    start("predict", world, predict=world / "p")
+    assert [(world / "p" / name).read_bytes() for name in names] == before
+    assert set(state(world / "out/masks")) == {name + end for name in names for end in ends}
+    assert "a.jpg\t" in start("predict", world, predict=world / "p/deep/a.jpg")
+    assert len(state(world / "out/masks")) == 2
+    assert set(read_mask(world / "out/masks/a.jpg.png").unique().tolist()) <= {0, 7}
+
+
+@pytest.mark.parametrize("value", range(1, 9))
+def test_orientation(tmp_path, value):
+    """Wherever it is written: EXIF, EXIF behind an XMP block, XMP alone."""
+    raw, path = put(tmp_path / "raw.jpg").read_bytes(), tmp_path / "x.jpg"
+    upright, turned = TURN[value](read_image(tmp_path / "raw.jpg")), put(path, exif=EXIF[value])
+    turned = turned.read_bytes()[2:]
+    said = b'tiff:Orientation="%d"/>', b"><tiff:Orientation>%d</tiff:Orientation></a>"
+    for told, rest in ((b"", turned), (b"/>", turned), *((s % value, raw[2:]) for s in said)):
+        body = b"http://ns.adobe.com/xap/1.0/\0<x:xmpmeta><rdf:RDF><rdf:Description " + told
+        block = b"\xff\xe1" + struct.pack(">H", len(body) + 24) + body + b"</rdf:RDF></x:xmpmeta>"
+        path.write_bytes(raw[:2] + (block if told else b"") + rest)
+        assert all(torch.equal(read_image(path, short), upright) for short in (None, 16)), told
+    slope = np.add.outer(np.linspace(0, 120, 900), np.linspace(0, 135, 1200)).astype(np.uint8)
+    put(path, slope, "RGB", exif=EXIF[value])           # large: decoded at a fraction
+    whole, quick = (read_image(path, short)[None].float() for short in (None, 20 + 10 * value))
+    assert 40 + 20 * value <= min(quick.shape[2:]) < min(whole.shape[2:]) == 900
+    quick = torch.nn.functional.interpolate(quick, whole.shape[2:], mode="bilinear")
+    assert (quick - whole).abs().mean() < 2
+
+
+@pytest.mark.parametrize("kind", ("bmp", "gif", "avif", "webp", "png", "tiff", "ppm", "jpeg"))
+def test_content_decides(tmp_path, kind):
+    """Not the suffix; of several frames the first counts; what is damaged is named."""
+    path = tmp_path / "x.jpg"
+    frames = [Image.fromarray(noise(20, 24, 3, seed=i)).quantize(9).convert("RGB") for i in (1, 2)]
+    more = dict(save_all=True, append_images=frames[1:]) if kind in "gif webp png tiff" else {}
+    frames[0].save(path, format=kind, lossless=True, **more)
+    want = Image.open(path).convert("RGB") if kind in ("avif", "jpeg") else frames[0]
+    assert np.array_equal(read_image(path).permute(1, 2, 0), want)
     whole = path.read_bytes()
-    path.write_bytes({"empty": b"", "junk": os.urandom(500), "cut to half": whole[:len(whole) // 2], "cut by a bit": whole[:-9],
-                      "text": b"<html>404</html>"}[wrong])
-    refused(stage, files, path)
-
-
-@unlabelled
-def test_unreadable_png(files, stage):
-    path = files / "photos/1.png"
-    whole = path.read_bytes()
-    for content in (whole[:len(whole) // 2], whole[:-30], whole[:40], b"\x89PNG\r\n\x1a\n"):
+    for content in (b"", whole[:len(whole) // 3], whole[:30], noise(500).tobytes(), b"<a>\n</a>"):
         path.write_bytes(content)
-        refused(stage, files, path)
+        assert "x.jpg" in refusal(read_image, path) and refusal(read_image, path, 4)
 
 
-@unlabelled
-def test_photos_are_too_few_or_mixed(files, stage):
-    (files / "one").mkdir()
-    shutil.copy(files / "photos/0.jpg", files / "one")
-    refused(stage, files, "one", data=files / "one")
-    refused(stage, files, "imagenette", data=["imagenette", files / "photos"])
-    refused(stage, files, "nowhere", data=[files / "photos", files / "nowhere"])
+def test_depths(tmp_path):
+    deep, big = noise(20, 24).astype(np.uint16) * 256 + 99, tmp_path / "big.tif"
+    Image.frombytes("I;16B", (24, 20), deep.astype(">u2").tobytes()).save(big)
+    unit, want = (deep / 65535).astype(np.float32), np.rint(deep[None] / 257)
+    for path in (big, png(tmp_path / "x.png", deep, 16), put(tmp_path / "x.tif", unit)):
+        assert np.array_equal(read_image(path), np.repeat(want, 3, axis=0)), path
+    hole = np.where(np.arange(24) == 0, np.nan, unit).astype(np.float32)
+    for bad in (unit * 255, unit - 0.9, hole, hole[:, ::-1].copy(), deep.astype(np.int32)):
+        assert "bad.tif" in refusal(read_image, put(tmp_path / "bad.tif", bad))
 
 
-def test_classify_layout(files):
-    data = files / "classify"
-    refused("classify", files, files / "photos", "train", data=files / "photos")
-    refused("classify", files, files / "segment", "masks", data=files / "segment")   # else the classes are images and masks
-    (data / "val/b").rename(data / "val/c")
-    refused("classify", files, data, "b, c")
-    shutil.rmtree(data / "val/c")
-    refused("classify", files, data, "b")
-    (data / "val/b").mkdir()
-    refused("classify", files, data, "b")
-    shutil.rmtree(data / "val")
-    refused("classify", files, data, "val")
-    for part in ("train", "val"):
-        shutil.copytree(files / "photos", files / "flat" / part)
-    refused("classify", files, files / "flat", "class", data=files / "flat")
-
-
-def test_segment_layout(files):
-    data = files / "segment"
-    refused("segment", files, "classify", "masks", data=files / "classify")
-    refused("segment", files, "photos", data=files / "photos")
-    shutil.rmtree(data / "val/masks")
-    refused("segment", files, data / "val", "masks")
-    shutil.rmtree(data / "train/images")
-    refused("segment", files, data / "train", "images")
-
-
-def mask_of(path, wrong):
-    whole = path.read_bytes()
-    if wrong == "missing":
-        path.unlink()
-    elif wrong == "other size":
-        Image.new("L", (40, 48)).save(path)
-    elif wrong in ("RGB", "RGBA", "LA", "1", "I;16"):
-        Image.new(wrong, (48, 40)).save(path)
-    else:
-        changed = lambda at: whole[:at] + b"\x01" + whole[at + 1:]
-        path.write_bytes({"empty": b"", "junk": b"junk" * 99, "cut": whole[:len(whole) // 2], "broken header": changed(11),
-                          "broken chunk": changed(36)}[wrong])          # last bytes of the lengths of IHDR and IDAT
-
-
-@pytest.mark.parametrize("wrong", ("missing", "other size", "RGB", "RGBA", "LA", "1", "I;16", "empty", "junk", "cut", "broken header", "broken chunk"))
+@pytest.mark.parametrize("stage", ("attention", "features"))
 @pytest.mark.parametrize("part", ("train", "val"))
-def test_masks(files, part, wrong):
-    path = files / "segment" / part / "masks/1.png"
-    mask_of(path, wrong)
-    refused("segment", files, path)
+def test_unreadable_photos(world, stage, part):
+    """Named and counted once, whatever the name, held out or not; the second ends the run."""
+    data, photos = world / "segment", world / "segment" / part / "images"
+    (photos / "two\nlines.jpg").write_bytes(b"junk")
+    assert "lines.jpg" in start(stage, world, steps=9, data=data)
+    assert (world / "out/report.json").read_text().count("lines.jpg is not") == 1
+    (photos / "0.jpg").write_bytes(b"")
+    refusal(start, stage, world, steps=9, data=data)
 
 
-def test_mask_of_a_turned_photo(files):
-    """Drawn on the photo as the file holds it, not as it is seen: it would not lie on what the network sees."""
-    turned, path = Image.Exif(), files / "segment/train/images/1.jpg"
-    turned[0x0112] = 6
-    Image.open(path).save(path, exif=turned)
-    refused("segment", files, files / "segment/train/masks/1.png")
+def test_listing(tmp_path, capsys):
+    """Links are followed, in no circles; dot names are not looked at; the rest is counted."""
+    top, away = tmp_path / "top", put(tmp_path / "away/e.jpg").parent
+    for name in "a.jpg b.JPG deep/er/c.png ._a.jpg .ipynb/d.jpg x.gif y.gif z.txt README".split():
+        put(top / name, format="PNG")
+    for link, to in ("top/l1", away), ("top/l2", away), ("top/up", top), ("away/up", top):
+        (tmp_path / link).symlink_to(to)
+    want = "a.jpg b.JPG deep/er/c.png l1/e.jpg l2/e.jpg"
+    assert find_images(top) == [str(top / name) for name in want.split()]
+    said, parts = capsys.readouterr().out, ("4 files", "2 .gif", "1 .txt", "1 without suffix")
+    assert said.count("\n") == 1 and all(part in said for part in parts)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Prediction
-
-def test_predict_needs_a_checkpoint_with_a_head(files):
-    for weights in ("teacher.safetensors", "student.safetensors"):
-        refused("classify", files, weights, "head", weights=files / weights, predict=files / "photos")
-    torch.save(tensors() | {"head.weight": torch.zeros(10, 64), "head.bias": torch.zeros(10)}, files / "imagenet.pth")
-    refused("classify", files, "imagenet.pth", "head", weights=files / "imagenet.pth", predict=files / "photos")
-    refused("classify", files, "--weights", weights=None, predict=files / "photos")
-    for make, _ in WEIGHTS.values():
-        path = make(files)
-        refused("classify", files, path, weights=path, predict=files / "photos")
-
-
-@pytest.mark.parametrize("stage", ("classify", "segment"))
-def test_predict_needs_photos(files, stage):
-    call(stage, argv_of(stage, files, out=files / "run"))
-    checkpoint = files / f"run/0-{stage}.safetensors"
-    refused(stage, files, "nowhere", weights=checkpoint, predict=files / "nowhere")
-    (files / "empty").mkdir()
-    refused(stage, files, "empty", weights=checkpoint, predict=files / "empty")
-    cut(files / "photos/2.jpg")
-    refused(stage, files, files / "photos/2.jpg", weights=checkpoint, predict=files / "photos")
+@pytest.mark.parametrize("photos, labels, depth, palette", [
+    ("train/{}.png", "trainannot/{}.png", 8, b""), ("images/{}.jpg", "labels/{}_L.png", 8, b""),
+    ("JPEGImages/2_{}.jpg", "SegmentationClass/2_{}.png", 8, bytes(range(9))),
+    ("x/a b/{}.jpg", "y/c/{}.png", 1, b""), ("rgb/{}.jpg", "ids/{}.png", 16, b"")])
+def test_label_maps_are_no_photos(tmp_path, capsys, photos, labels, depth, palette):
+    """Left out, and said; but grey photos, and digits of few values beside digits, are kept."""
+    for i in range(10):
+        put(tmp_path / "x" / photos.format(i)), put(tmp_path / f"a/rgb/{i}.jpg")
+        png(tmp_path / "x" / labels.format(i), TWO, depth, palette)
+        png(tmp_path / f"a/grey/{i}.png", noise(20, 24))
+        png(tmp_path / f"digits/0/{i}.png", TWO), png(tmp_path / f"digits/1/{i}.png", TWO)
+    assert len(find_images(tmp_path / "a")) == 20 == len(find_images(tmp_path / "digits"))
+    assert {*find_images(tmp_path / "x")} == {f"{tmp_path}/x/{photos.format(i)}" for i in range(10)}
+    assert f"{(tmp_path / 'x' / labels).parent}: 10 files" in capsys.readouterr().out
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Results
-
-@every_stage
-def test_out_is_a_file(files, stage):
-    (files / "taken").write_text("mine")
-    for out in (files / "taken", files / "taken/below"):
-        refused(stage, files, out, out=out)
-    assert (files / "taken").read_text() == "mine"
+ODD = ("plain", "a b", "日本語", "two\nlines", "a=b", "a:linear", "ünï", "%s", "-", "'\"", "a.b")
+TURNED = {"jpeg": "RGB L CMYK", "png": "RGB RGBA L LA P 1 16", "webp": "RGB RGBA",
+          "tiff": "RGB RGBA L P 1 16 F CMYK"}
+MODES = TURNED | {"bmp": "RGB L P 1", "gif": "L P", "ppm": "RGB L 16", "avif": "RGB RGBA"}
 
 
-@every_stage
-def test_no_room(files, stage, monkeypatch):
-    monkeypatch.setattr(model.shutil, "disk_usage", lambda folder: SimpleNamespace(free=1000))
-    refused(stage, files, files / "out", "free")
+def random_photo(chance, path, seed):
+    kind, turn = chance.choice(list(MODES)), chance.randint(1, 8)
+    mode, turn = chance.choice(MODES[kind].split()), turn if kind in TURNED else 1
+    array = noise(chance.randint(1, 20), chance.randint(1, 20), 3, seed=seed)
+    image = Image.fromarray(array).convert(mode if mode not in ("16", "F") else "L")
+    want = np.array(image.convert("RGB"))
+    if mode in ("16", "F"):
+        deep = np.array(image).astype(np.uint16) * 257
+        image = Image.fromarray(deep if mode == "16" else (deep / 65535).astype(np.float32))
+    image.save(path, format=kind, lossless=True, **dict(exif=EXIF[turn]) if turn > 1 else {})
+    if kind in ("jpeg", "avif"):                        # lossy: what the file holds, not turned
+        want = np.array(Image.open(path).convert("RGB"))
+    return TURN[turn](torch.from_numpy(want).permute(2, 0, 1))
 
 
-@every_stage
-def test_no_room_leaves_what_was_there(files, stage, monkeypatch):
-    monkeypatch.setattr(model.shutil, "disk_usage", lambda folder: SimpleNamespace(free=1000))
-    (files / "mine").mkdir()
-    (files / "mine/student.safetensors").write_text("mine")
-    refused(stage, files, "mine", out=files / "mine")
-    assert [path.read_text() for path in (files / "mine").iterdir()] == ["mine"]
+@pytest.mark.parametrize("number", range(200))
+def test_random_folder(tmp_path, number):
+    chance, lookup = random.Random(number), torch.arange(256, dtype=torch.uint8)
+    top, away, want = tmp_path / "top", tmp_path / "away", {}
+    away.mkdir()
+    for i in range(chance.randint(1, 4)):
+        folder = top.joinpath(*chance.sample(ODD, chance.randint(0, 2)))
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"{chance.choice(ODD)} {i}{chance.choice(sorted(model.SUFFIXES))}"
+        real = path if chance.random() < 0.8 else away / f"{i} {path.name}"
+        want[str(path)] = random_photo(chance, real, 50 * number + i)
+        if real != path:                                # reached by a link, and in a linked folder
+            path.symlink_to(real)
+            (top / "linked").is_symlink() or (top / "linked").symlink_to(away)
+            want[str(top / "linked" / real.name)] = want[str(path)]
+        [(folder / name).touch() for name in chance.sample(("._x.jpg", "x.txt", "y.gif", ".x"), 2)]
+    assert find_images(top) == sorted(want)
+    drawn = Draws(sorted(want), read_image, lambda image: image)
+    for i, (path, found) in enumerate(sorted(want.items())):
+        depth, palette = chance.choice((1, 2, 4, 8, 16)), noise(256, 3, seed=i).tobytes()
+        ids = noise(*found.shape[1:], seed=i, top=min(256, 2 ** depth))
+        palette = palette[:3 * 2 ** depth] if depth < 16 and chance.random() < 0.5 else b""
+        mask = png(tmp_path / f"{i}.png", ids, depth, palette)
+        photo, classes = read_item((path, mask), "segment", lookup)
+        for way in (read_image(path), drawn[i][0], read_item((path, 3), "classify")[0], photo):
+            assert torch.equal(way, found), path
+        assert np.array_equal(read_mask(mask), ids) and np.array_equal(classes, ids), depth
 
 
-def test_no_room_for_every_checkpoint(files, monkeypatch):
-    """Fine-tuning writes one for each of --weights: enough for two is too little for three."""
-    size = (files / "teacher.safetensors").stat().st_size
-    monkeypatch.setattr(model.shutil, "disk_usage", lambda folder: SimpleNamespace(free=2.6 * size))
-    refused("classify", files, "free", weights=[files / "teacher.safetensors"] * 3)
-    call("classify", argv_of("classify", files, weights=[files / "teacher.safetensors"] * 2))
+def masks(top, train, val, depth=8, palette=b""):
+    for part, arrays in (("train", train), ("val", val)):
+        for i, ids in enumerate(arrays):
+            put(top / part / f"images/{i}.jpg", noise(*ids.shape, 3, seed=i))
+            png(top / part / f"masks/{i}.png", ids, depth, palette)
+    return str(top)
 
 
-def never_finite(stage, files, says, **flags):
-    with pytest.raises(InputError) as caught:
-        call(stage, argv_of(stage, files, **flags))
-    message = str(caught.value)
-    assert "\n" not in message and re.search(r"\b(nan|inf)\b", message)
-    for word in says:
-        assert word in message
-    assert not [path.name for path in (files / "out").iterdir() if path.name != "log.jsonl"]   # no student, no report
+def test_ids_of_masks(tmp_path):
+    """As the files hold them; 0 and 255 are foreground or ignored, and the sentence says both."""
+    says = refusal(load_data, masks(tmp_path / "255", [TWO * 255], [TWO * 255]), "segment", 255)
+    assert "255" in says and "ignore" in says and "--ignore -1" in says
+    assert load_data(str(tmp_path / "255"), "segment", -1)[2:] == (["0", "255"], [0, 255])
+    for i, (train, val) in enumerate(((TWO, TWO | 255), (TWO | 255, TWO), (TWO * 0, TWO * 0))):
+        refusal(load_data, masks(tmp_path / str(i), [train], [val]), "segment", 255)
+    for depth in (2, 4, 8, 16):
+        data = masks(tmp_path / f"depth {depth}", [FOUR], [TWO], depth)
+        assert load_data(data, "segment", 255)[3] == [0, 1, 2, 3]
+    for name in ("train/masks/1.png", "val/masks/0.png"):   # one colour of two ids
+        data = masks(tmp_path / "p", [TWO, TWO], [TWO], 8, bytes([9, 9, 9, 200, 0, 0]))
+        assert load_data(data, "segment", 255)[3] == [0, 1]
+        png(Path(data, name), TWO, 8, bytes([200, 0, 0, 9, 9, 9]))
+        says = refusal(load_data, data, "segment", 255)
+        assert f"{data}/{name}" in says and f"{data}/train/masks/0.png" in says
+    refusal(load_data, str(tmp_path / "255"), "segment", 256)
 
 
-@pytest.mark.parametrize("value", (float("nan"), 1e30))
-@every_stage
-def test_weights_that_give_no_finite_loss(files, stage, value):
-    """The message names the step, stage 1's the block too."""
-    vit = ViT(ARCH)
-    with torch.no_grad():
-        vit.blocks[1].attn.qkv.weight[:, :] = value
-    save_vit(vit, files / "huge.safetensors")
-    never_finite(stage, files, ["step 1", *["block 1"] * (stage == "attention")], weights=files / "huge.safetensors")
-    if MODULES[stage] is finetune:
-        never_finite(stage, files, ["step 1", "huge.safetensors"], weights=[files / "huge.safetensors"], freeze=True)
+def test_masks_that_do_not_fit(tmp_path):
+    data = masks(tmp_path, [TWO, TWO], [TWO])
+    photo, mask = tmp_path / "train/images/1.jpg", tmp_path / "train/masks/1.png"
+    whole, refused = mask.read_bytes(), lambda: refusal(load_data, data, "segment", 255)
+    for bad in (lambda: put(mask, TWO, "RGB"), lambda: put(mask, TWO, "LA"), mask.unlink,
+                lambda: put(mask, TWO, format="JPEG"), lambda: png(mask, TWO.astype(int) * 300, 16),
+                lambda: mask.write_bytes(whole[:40]), lambda: mask.write_bytes(b"junk")):
+        bad()
+        assert str(mask) in refused()
+    mask.write_bytes(whole)                             # as the photo lies in the file, not as seen
+    put(photo, exif=EXIF[6])
+    assert all(word in refused() for word in (str(mask), str(photo), "EXIF"))
+    load_data((png(mask, TWO.T), data)[1], "segment", 255)
+    put(photo.with_suffix(".png"))
+    assert "1.jpg" in refused() and "1.png" in refused()
 
 
-@every_stage
-def test_learning_rate_that_gives_no_finite_loss(files, stage):
-    never_finite(stage, files, ["step ", "--lr", "1e+30"], lr=1e30, steps=5)
+def test_class_lines_and_names(tmp_path, capsys):
+    left = np.repeat(np.array([[2] * 6 + [0] * 18], np.uint8), 20, axis=0)
+    data = masks(tmp_path, [left], [left * 0, left // 2])
+    (tmp_path / "classes.txt").write_text("sky\nsea\n", encoding="utf-8-sig")
+    assert load_data(data, "segment", 255)[2:] == (["sky", "sea", "2"], [0, 1, 2])
+    lines = [line.split() for line in capsys.readouterr().out.splitlines() if "%" in line]
+    for line, parts in zip(lines, ("sky 75.00 87.50", "sea 0.00 12.50", "2 25.00 0.00")):
+        assert len(lines) == 3 and set(parts.split()) <= set(line)
+    (tmp_path / "classes.txt").write_bytes(b"W\xe4sser\n")
+    assert "classes.txt" in refusal(load_data, data, "segment", 255)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The scripts themselves
+def test_class_folders(tmp_path, capsys, monkeypatch):
+    """A folder beats the set of that name; loose photos are of no class, and that is said."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(model.SETS, "pets", None)       # asked, it would fail
+    for name in "train/masks/0 train/cats/0 train/cats/1 train/.x/0 val/cats/0 val/dogs/0".split():
+        put(tmp_path / f"pets/{name}.jpg")
+    put(tmp_path / "pets/train/loose.jpg")
+    train, val, classes, _ = load_data("pets", "classify", 255)
+    assert classes == ["cats", "dogs", "masks"] and (len(train), len(val)) == (3, 2)
+    assert "66.67 % of train   50.00 % of val" in (said := capsys.readouterr().out)
+    (tmp_path / "pets/val/dogs/0.jpg").write_bytes(b"junk")
+    assert "dogs/0.jpg" in refusal(load_data, "pets", "classify", 255) and "1 .jpg" in said
+    for i, names in enumerate(("train/a val/a", "train val", "train/a", "train/a train/b val",
+                               "train/images train/masks val/images val/masks")):
+        for name in names.split():
+            put(tmp_path / str(i) / name / "0.jpg")
+        assert str(tmp_path / str(i)) in refusal(load_data, str(tmp_path / str(i)), "classify", 255)
 
-def test_a_loaders_worker_says_it_in_one_line_too(files):
-    """On a GPU photos are read by other processes, whose errors come with a traceback in the message."""
-    photos = align_attention.Photos([cut(files / "photos/0.jpg")], 32, augment=False)
-    with pytest.raises(SystemExit) as caught:
-        model.run(lambda: list(torch.utils.data.DataLoader(photos, num_workers=1)))
-    message = caught.value.code
-    assert "\n" not in message and f"{files / 'photos/0.jpg'} is not a readable image" in message and "InputError" not in message
+
+@pytest.mark.parametrize("stage", READS)
+def test_least_sizes(world, stage):
+    [os.remove(path) for path in find_images(world / "photos")[2:]]      # one photo is held out
+    assert start(stage, world, size=8)
+    thin = np.where(np.arange(160000).reshape(400, 400) == 401, 1, 255).astype(np.uint8)
+    if stage == "segment":                              # a label that the resized mask has not
+        with contextlib.suppress(InputError):
+            start(stage, world, data=masks(world / "thin", [TWO], [thin]))
+    for size in (-8, 12, 0) if stage != "predict" else ():
+        assert str(size) in refusal(start, stage, world, size=size)
 
 
-@pytest.mark.parametrize("stage, flags, says", [
-    ("attention", dict(weights="junk.pth"), "junk.pth"),
-    ("attention", dict(lr=1e30, steps=5), "step 2"),                    # from within the progress bar
-    ("features", dict(weights="student.safetensors", data="nowhere"), "nowhere"),
-    ("classify", dict(size=33), "33"),
-    ("segment", dict(data="classify"), "masks"),
-], ids=("weights", "loss", "data", "size", "layout"))
-def test_scripts_say_it_in_one_line(files, stage, flags, says):
-    (files / "junk.pth").write_bytes(b"not a weight file\n")
-    flags = {flag: files / value if isinstance(value, str) else value for flag, value in flags.items()}
-    script = Path(MODULES[stage].__file__)
-    done = subprocess.run([sys.executable, script, *argv_of(stage, files, **flags)], cwd=files, env=os.environ | {"OMP_NUM_THREADS": "1"},
-                          capture_output=True, text=True)
-    lines = [line for line in re.split(r"[\r\n]", done.stderr) if line.strip() and "img" not in line]   # "img": tqdm's bar
-    assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert len(lines) == 1 and lines[0].startswith(script.name + ": ") and says in lines[0]
+@pytest.mark.parametrize("script", ("align_attention", "align_features", "finetune", "bench"))
+def test_help_says_every_default(script, monkeypatch):
+    seen, parse = [], "argparse.ArgumentParser.parse_args"
+    monkeypatch.setattr(parse, lambda *args: seen.extend(args) or sys.exit())
+    with pytest.raises(SystemExit):
+        __import__(script).parse([])
+    for flag in seen[0]._actions:
+        if flag.option_strings and flag.nargs != 0 and flag.dest != "predict":
+            assert "default:" in flag.help or "demo:" in flag.help, flag.dest
+            assert not isinstance(flag.default, str) or flag.default in flag.help
+
+
+@pytest.mark.parametrize("stage, flag, value, says", (
+    ("attention", "out", "photos", "--out"), ("features", "data", "nowhere", "nowhere"),
+    ("segment", "data", "classify", "images"), ("predict", "predict", "p", None)))
+def test_scripts(world, stage, flag, value, says):
+    put(world / "p/日本.jpg"), put(world / "p" / os.fsdecode(b"\xff\xfe.jpg"), format="JPEG")
+    before, more = state(world), dict(OMP_NUM_THREADS="1", PYTHONIOENCODING="cp1252")
+    done = start(stage, world, lambda script, *words: subprocess.run(
+        [sys.executable, script.__file__, *words], env=os.environ | more, cwd=world,
+        capture_output=True, text=True, errors="replace"), **{flag: world / value})
+    assert state(world, "out") == before and "Traceback" not in done.stderr
+    if says:
+        assert done.returncode == 1 and done.stderr.count("\n") == 1 and says in done.stderr
+    assert len(list(world.glob("out/masks/*"))) == 4 * (says is None)

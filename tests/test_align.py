@@ -1,0 +1,532 @@
+"""Stages 1 and 2, and what stage 3 shares with them, on tiny random ViTs and photos.
+
+A property is checked where it is decided (block_alignment, feature_alignment, Draws, ...), and on
+what main() does and leaves behind. Bad input is test_inputs.py's.
+"""
+import hashlib
+import inspect
+import math
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from functorch.compile import make_boxed_func
+from PIL import Image
+from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import align_attention
+import align_features
+import finetune
+from align_attention import block_alignment, embed, exponential_start, trained_parameters
+from align_features import LOSS, compare, feature_alignment, picture
+from conftest import (ARCH, SIZE, Mine, brief, error, header, log_of, middle, moved, random_images,
+                      random_vit, refusal, report_of, same, student_of)
+from model import (Draws, InputError, linearize, load_pair, load_vit, note_unread, read_weights,
+                   save_vit, softmax_reference, unlabelled)
+
+ALL = pytest.mark.parametrize("stage", (align_attention, align_features, finetune))
+HALVES = pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
+LOSSES = pytest.mark.parametrize("loss", LOSS)
+QKV, MAPS = {"qkv.weight", "qkv.bias"}, {"operator.map_q", "operator.map_k"}
+
+
+def step(teacher, student, images, dtype=torch.float32, align=block_alignment, then=lambda loss: 0):
+    """Stage 1's step as main() has it -> losses of the blocks (depth,)."""
+    (x, grid), losses = embed(teacher, images, dtype), []
+    for theirs, ours in zip(teacher.blocks, student.blocks):
+        x, loss = align(theirs, ours, x, grid, dtype)
+        then(loss)
+        losses.append(loss.detach())
+    return torch.stack(losses)
+
+
+def held_out_images(files):
+    train, held_out = unlabelled([str(files / "photos")])
+    assert len(train) == 11 and len(held_out) == 2 and not set(train) & set(held_out)
+    return torch.stack([middle(path) for path in held_out])
+
+
+def held_out_error(files, student):
+    """Stage 1's table again, for any student."""
+    losses = step(load_vit(files / "teacher.safetensors"), student, held_out_images(files))
+    return pytest.approx(losses.sqrt().tolist(), rel=1e-5)
+
+
+# --------------------------------------------------------------------------------------------------
+# Stage 1
+
+def test_block_loss_is_0_for_softmax_itself_and_1_for_the_mean_of_v():
+    """Without query and key every token weighs the same in linear attention."""
+    teacher = random_vit()
+    student = linearize(teacher, "linear")
+    for block in student.blocks:
+        block.attn.qkv.weight.data[:2 * ARCH.width] = 0
+        block.attn.qkv.bias.data[:2 * ARCH.width] = 0
+    assert step(teacher, student, random_images()).tolist() == pytest.approx([1, 1], rel=1e-5)
+    assert not step(teacher, linearize(teacher, "softmax"), random_images()).any()
+
+
+def test_block_loss_is_the_ratio_of_squared_errors():
+    """Between 0 and 1 too: written out with the N x N operators, in float64."""
+    teacher = random_vit().double()
+    student = linearize(random_vit(seed=1).double(), "linear").double()
+    x, grid = embed(random_vit(), random_images(), torch.float32)
+    ours, theirs, x = student.blocks[0].attn, teacher.blocks[0].attn, x.double()
+    q, k, v = theirs.project(teacher.blocks[0].norm1(x))
+    target, blind = softmax_reference(q, k, v), v.mean(2, keepdim=True).expand_as(v)
+    q, k, v = ours.project(teacher.blocks[0].norm1(x))
+    weights = (1 + F.elu(q)) @ (1 + F.elu(k)).mT
+    output = weights / weights.sum(-1, keepdim=True) @ v
+    target, blind, output = (layer.proj(y.transpose(1, 2).flatten(2)) for layer, y in (
+        (theirs, target), (theirs, blind), (ours, output)))
+    expected = (output - target).square().sum() / (blind - target).square().sum()
+    _, loss = block_alignment(teacher.blocks[0], student.blocks[0], x, grid)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_main_aligns_block_by_block(files, chain, tmp_path, monkeypatch):
+    """Each block sees the teacher's stream, which nothing of the student enters; backward block by
+    block is the gradient of the sum of the losses."""
+    got, found, clip, file = [], [], nn.utils.clip_grad_norm_, chain / "one/student.safetensors"
+
+    def align(theirs, ours, x, *more):
+        got.extend([(theirs, x)] if torch.is_grad_enabled() else [])
+        return block_alignment(theirs, ours, x, *more)
+
+    def note(parameters, limit):
+        found.append([p.grad.clone() for p in parameters])
+        return clip(parameters, limit)
+
+    monkeypatch.setattr(align_attention, "block_alignment", align)
+    monkeypatch.setattr(nn.utils, "clip_grad_norm_", note)
+    brief(align_attention, files, tmp_path / "out", "--student", file, "--steps", 1)
+    teacher = load_vit(files / "teacher.safetensors").requires_grad_(False)
+    x, student, total = got[0][1], load_vit(file), 0
+    parameters = sum(trained_parameters(student, ["qkv"]), [])
+    for (used, have), theirs, ours in zip(got, teacher.blocks, student.blocks, strict=True):
+        assert same(used, theirs) and torch.equal(have, x) and not have.requires_grad
+        carried, loss = block_alignment(theirs, ours, x, (4, 4))
+        x, total = theirs(x, (4, 4)), total + loss
+        assert torch.equal(carried, x) and len(x) == 4
+    assert [len(block) for block in found] == [2, 2]                    # clipped block by block
+    for have, true in zip(sum(found, []), torch.autograd.grad(total, parameters), strict=True):
+        torch.testing.assert_close(have, true, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("attention, train, want", [
+    ("linear", "", QKV), ("linear", "qkv operator", QKV), ("hedgehog", "", QKV | MAPS),
+    ("hedgehog", "qkv", QKV), ("hedgehog", "operator", MAPS),
+    ("linear", "proj", {"proj.weight", "proj.bias"}),
+    ("mine", "", QKV | {"operator.conv.weight", "operator.conv.bias"})])
+def test_stage_1_moves_exactly_what_it_should(files, tmp_path, mine, attention, train, want):
+    """What has a gradient, and which tensors of the written student differ from the start's."""
+    file, names = files / "teacher.safetensors", {f"blocks.{i}.attn.{n}" for i in (0, 1)
+                                                  for n in want}
+    content = file.read_bytes()
+    torch.manual_seed(0)
+    teacher, student, _ = load_pair(file, None, attention)
+    exponential_start(student)
+    flags = ["--train", *train.split()] if train else []
+    brief(align_attention, files, tmp_path, "--attention", attention, *flags)
+    assert moved(student.state_dict(), student_of(tmp_path).state_dict()) == names
+    assert file.read_bytes() == content
+    assert [len(block) for block in trained_parameters(student, flags[1:] or ["qkv", "operator"])
+            ] == [len(want)] * 2
+    step(teacher.requires_grad_(False), student, random_images(), then=torch.Tensor.backward)
+    graded = {name: p.grad for name, p in student.named_parameters() if p.grad is not None}
+    assert graded.keys() == names and all(gradient.any() for gradient in graded.values())
+
+
+def test_an_operator_of_ones_own_goes_through_all_stages(files, tmp_path, mine):
+    """Registered by one line: trained, saved, loaded, trained on, fine-tuned, never forgotten."""
+    one, two = (tmp_path / name / "student.safetensors" for name in ("one", "two"))
+    brief(align_attention, files, one.parent, "--attention", "mine")
+    brief(align_features, files, two.parent, "--student", one)
+    start = load_vit(one).state_dict()
+    assert moved(start, load_vit(two).state_dict()) == start.keys()
+    brief(finetune, files, tmp_path / "3", "--freeze", "--weights", two,
+          f"{files}/teacher.safetensors:mine")
+    tuned, swapped = (load_vit(tmp_path / f"3/{i}-classify.safetensors") for i in range(2))
+    assert same(tuned, load_vit(two)) and isinstance(tuned.blocks[0].attn.operator, Mine)
+    assert swapped.attention == "mine"
+    assert "no parameters" in refusal(trained_parameters, random_vit(0, "linear"), ["operator"])
+
+
+def held_for_backward(run):
+    """Peak bytes that autograd keeps for backward in run()."""
+    class Kept:
+        live = peak = 0
+
+        def __init__(self, tensor):
+            self.tensor = tensor.detach()
+            Kept.live += tensor.nbytes
+            Kept.peak = max(Kept.peak, Kept.live)
+
+        def __del__(self):
+            Kept.live -= self.tensor.nbytes
+
+    with torch.autograd.graph.saved_tensors_hooks(Kept, lambda kept: kept.tensor):
+        run()
+    return Kept.peak
+
+
+def test_memory_does_not_grow_with_depth(files, tmp_path):
+    """Of main() itself; and the measure sees what growth there would be, were backward the last."""
+    main, late = {}, {}
+    for depth in (12, 24):
+        file, losses = tmp_path / f"{depth}.safetensors", []
+        save_vit(random_vit(depth=depth), file)
+        teacher, student, _ = load_pair(file)
+        trained_parameters(student, ["qkv"])
+        main[depth] = held_for_backward(lambda: brief(
+            align_attention, files, tmp_path / str(depth), "--teacher", file, "--steps", 1))
+        late[depth] = held_for_backward(lambda: (
+            step(teacher, student, random_images(4), then=losses.append), sum(losses).backward()))
+    assert 0 < main[24] <= 1.05 * main[12]
+    assert late[24] >= 1.9 * late[12] and late[12] >= 6 * main[12]
+
+
+def test_stage_1_report_is_of_the_written_student(files, chain):
+    report, rows = report_of(chain / "one"), log_of(chain / "one")
+    assert report["after"] == held_out_error(files, student_of(chain / "one")) != report["before"]
+    assert [row["step"] for row in rows] == [1, 2, 3] and report["arguments"]
+    assert all(row["loss"] == pytest.approx(sum(row["blocks"]) / 2) for row in rows)
+    teacher, student, batches = random_vit(), random_vit(1, "linear"), random_images(4).split(2)
+    losses = torch.stack([step(teacher, student, part) for part in batches])    # mean of several
+    found = align_attention.relative_error(teacher, student, [(part, [""]) for part in batches],
+                                           "cpu", torch.float32)
+    assert found == pytest.approx(losses.mean(0).sqrt().tolist(), rel=1e-6)
+
+
+@pytest.mark.parametrize("attention, shift", [
+    ("linear", -4), ("lower", -2.5), ("relu", 0), ("hedgehog", 0), ("softmax", 0)])
+def test_stage_1_starts_at_the_teachers_weights(files, tmp_path, mine, attention, shift):
+    """At a learning rate of (next to) nothing: but that queries and keys start lower, once."""
+    swapped = linearize(load_vit(files / "teacher.safetensors"), attention)
+    flags, one = ["--train", "qkv", "--lr", 1e-30], tmp_path / "one/student.safetensors"
+    brief(align_attention, files, tmp_path / "one", "--attention", attention, *flags)
+    assert report_of(tmp_path / "one")["before"] == held_out_error(files, swapped)
+    for block in swapped.blocks:
+        block.attn.qkv.bias.data[:2 * ARCH.width] += shift
+    assert same(swapped, load_vit(one)) and load_vit(one).attention == attention
+    assert report_of(tmp_path / "one")["after"] == held_out_error(files, swapped)
+    brief(align_attention, files, tmp_path / "more", "--student", one, *flags)
+    assert same(swapped, student_of(tmp_path / "more"))
+    exponential_start(random_vit(attention=attention, qkv_bias=False))      # DINOv3: nothing to do
+
+
+# --------------------------------------------------------------------------------------------------
+# Stage 2
+
+@LOSSES
+def test_every_final_token_is_supervised(loss):
+    """CLS, register and each patch, in every image; and the teacher itself has a loss of 0."""
+    teacher, images, loss = random_vit().requires_grad_(False), random_images(), LOSS[loss]
+    alike = feature_alignment(teacher, linearize(teacher, "softmax"), images, loss)
+    assert alike.item() == pytest.approx(0, abs=1e-6)
+    assert feature_alignment(teacher, linearize(teacher, "linear"), images, loss) > 0.01
+    tokens = torch.randn(3, 18, ARCH.width, generator=torch.Generator().manual_seed(1))
+    feature_alignment(teacher, lambda images: tokens.requires_grad_(), images, loss).backward()
+    strength = tokens.grad.norm(dim=-1)                                     # (B, 1+R+N)
+    assert (strength > 0.02 * strength.max()).all()
+
+
+def test_feature_losses_by_hand():
+    have, want = torch.tensor([[[1., 2.], [3., 4.]]]), torch.tensor([[[1., 4.], [0., 4.]]])
+    assert LOSS["mse"](have, want).item() == pytest.approx((4 + 9) / 4)
+    cosine, length = ((1 + 8) / math.sqrt(5 * 17) + 4 / 5) / 2, ((2 - 0.5) + (3 - 0.5)) / 4
+    assert LOSS["cosine"](have, want).item() == pytest.approx(1 - cosine + 0.1 * length)
+
+
+@LOSSES
+def test_stage_2_moves_every_parameter(files, chain, tmp_path, loss):
+    """From where stage 1 ended: a learning rate of (next to) nothing leaves it there."""
+    one, content = chain / "one/student.safetensors", (files / "teacher.safetensors").read_bytes()
+    for out, rate in (("all", 1e-4), ("none", 1e-30)):
+        brief(align_features, files, tmp_path / out, "--student", one, "--loss", loss, "--lr", rate)
+    start, first = load_vit(one).state_dict(), log_of(tmp_path / "none")[0]["loss"]
+    assert moved(start, student_of(tmp_path / "all").state_dict()) == start.keys()
+    assert same(load_vit(one), student_of(tmp_path / "none"))
+    assert (first == log_of(chain / "two")[0]["loss"]) == (loss == "mse")   # heeds --loss
+    assert (files / "teacher.safetensors").read_bytes() == content
+
+
+def test_compare_knows_the_same_the_constant_cls_and_patches():
+    """The first token counts as CLS, registers as neither; no number where there is no CLS."""
+    teacher, images = random_vit().eval(), random_images(4)
+    batches = [(part, [""]) for part in images.split(2)]
+    score = lambda student, teacher=teacher: tuple(
+        compare(teacher, student, batches, torch.float32, "cpu").values())
+    assert score(linearize(teacher, "softmax")) == pytest.approx((1, 1, 0), abs=1e-6)
+    mean = teacher(teacher.normalize(images)).mean((0, 1)).expand(4, 18, ARCH.width)
+    blind = compare(teacher, lambda n: mean, [(images, "")], torch.float32, "cpu")
+    assert blind["relative_error"] == pytest.approx(1, rel=1e-5)
+    assert blind["cls_cosine"] < 0.99 and blind["patch_cosine"] < 0.99
+    for first, want in {0: (-1, 1), 1: (1, 1), 2: (1, 1 - 2 / 16)}.items():
+        sign = torch.ones(18, 1).index_fill(0, torch.tensor(first), -1)
+        *found, wrong = score(lambda normal: teacher(normal) * sign)
+        assert found == pytest.approx(want, abs=1e-4) and wrong > 0.1
+    bare = random_vit(cls=False, cls_position=False).eval()
+    assert score(bare, bare)[0] is None
+
+
+def test_stage_2_report_is_of_the_written_student(files, chain):
+    batch, teacher = [(held_out_images(files), "")], load_vit(files / "teacher.safetensors")
+    for key, folder in (("before", "one"), ("after", "two")):
+        found = compare(teacher, student_of(chain / folder), batch, torch.float32, "cpu")
+        assert report_of(chain / "two")[key] == pytest.approx(found, rel=1e-4)
+    assert [row["step"] for row in log_of(chain / "two")] == [1, 2, 3]
+    with Image.open(chain / "two/features.png") as image:                   # two photos held out
+        assert image.size == (2 * (SIZE + 2) + 2, 3 * (SIZE + 2) + 2)
+
+
+def test_picture_has_a_row_each_for_photo_teacher_and_student(tmp_path):
+    teacher, images, line = random_vit(), random_images(), SIZE + 2     # 2 pixels around each
+    picture(teacher, linearize(teacher, "softmax"), images, tmp_path / "a.png")
+    pixels = np.asarray(Image.open(tmp_path / "a.png"))
+    assert pixels.shape == (3 * line + 2, 3 * line + 2, 3)
+    photo, theirs, ours = (pixels[2 + i * line:, 2:][:SIZE, :SIZE] for i in range(3))
+    assert np.array_equal(photo, images[0].permute(1, 2, 0)) and np.array_equal(ours, theirs)
+    assert len(np.unique(theirs.reshape(-1, 3), axis=0)) > 4            # not one colour
+    assert np.array_equal(theirs[::8, ::8].repeat(8, 0).repeat(8, 1), theirs)   # one a patch
+
+
+# --------------------------------------------------------------------------------------------------
+# All three
+
+@pytest.mark.parametrize("stage, lr", [(align_attention, 5e-3), (align_features, 2e-3)])
+def test_loss_goes_down(files, tmp_path, stage, lr):
+    """With warm-up and decay; on two folders of --data, a photo of each held out."""
+    said = brief(stage, files, tmp_path, "--data", files / "photos/album0", files / "photos/album1",
+                 "--steps", 30, "--batch-size", 8, "--lr", lr)
+    losses, rates = ([row[key] for row in log_of(tmp_path)] for key in ("loss", "lr"))
+    assert "on 6 images" in said and sum(losses[-5:]) < 0.75 * sum(losses[:5])
+    assert max(rates) == pytest.approx(lr, rel=0.1)
+    assert len(rates) == 30 and rates[0] < 0.5 * lr and rates[-1] < 0.02 * lr
+
+
+@ALL
+def test_a_run_can_be_repeated_and_have_any_number_of_steps(files, tmp_path, stage):
+    """Same seed: same tensors and losses, bit for bit, however many workers. Another: others."""
+    for out, flags in dict(a=[], b=[], c=["--workers", 2], d=["--seed", 1]).items():
+        brief(stage, files, tmp_path / out, *flags)
+    states = [read_weights(next((tmp_path / out).glob("*.safetensors")))[0] for out in "abcd"]
+    assert [bool(moved(states[0], state)) for state in states] == [False, False, False, True]
+    logs = [log_of(tmp_path / out) for out in "abcd"]
+    assert [logs[0] != log for log in logs] == [False, False, False, True]
+    for steps in (1, 2, 9, 10):             # the warm-up, a tenth of the schedule, is short of one
+        brief(stage, files, tmp_path / "n", "--steps", steps, "--batch-size", 2)
+        assert len(log_of(tmp_path / "n")) == steps
+
+
+def test_headers(files, chain, tmp_path):
+    """Stages, what they trained with, the teacher's fingerprint, no path: so files can move."""
+    shutil.copytree(chain, tmp_path / "new")
+    teacher = tmp_path / "new/teacher.safetensors"
+    student = tmp_path / "new/one/student.safetensors"
+    other, digest = load_vit(teacher), hashlib.sha256()
+    for name, tensor in sorted(other.state_dict().items()):
+        digest.update(name.encode() + tensor.numpy().tobytes())
+    brief(align_features, files, tmp_path / "alone")
+    brief(align_features, files, tmp_path / "more", "--teacher", teacher, "--student",
+          tmp_path / "new/two/student.safetensors")
+    for folder, stage in {chain / "one": "attention", chain / "two": "attention+features",
+                          tmp_path / "alone": "features",
+                          tmp_path / "more": "attention+features"}.items():
+        facts, report = header(folder / "student.safetensors"), report_of(folder)
+        assert facts["stage"] == report["stage"] == stage and facts["attention"] == "linear"
+        assert facts["teacher"] == report["teacher"] == digest.hexdigest() and report["seconds"] > 0
+        assert (facts["training"]["steps"], facts["training"]["size"]) == (3, SIZE)
+    other.norm.bias.data[0] += 1
+    save_vit(other, tmp_path / "other.safetensors")
+    for stage in (align_attention, align_features):
+        said = refusal(brief, stage, files, tmp_path / "no", "--student", student, "--teacher",
+                       tmp_path / "other.safetensors")
+        assert str(student) in said and "other.safetensors" in said
+    assert not (tmp_path / "no").exists()
+
+
+@HALVES
+@pytest.mark.parametrize("stage", ("attention", "features", "classify", "segment", "frozen"))
+def test_half_precision_trains_the_same(files, tmp_path, monkeypatch, stage, dtype):
+    """Finite losses, tensors that moved, gradients clipped at their true size (unscaled)."""
+    norms, clip = [], nn.utils.clip_grad_norm_
+    monkeypatch.setattr(nn.utils, "clip_grad_norm_",
+                        lambda params, limit: norms.append(clip(params, limit).item()))
+    module = {"attention": align_attention, "features": align_features}.get(stage, finetune)
+    flags = {"segment": ["--task", stage, "--data", files / stage], "frozen": ["--freeze"]}
+    states, losses, first = [], [], []
+    for name in ("float32", str(dtype)[6:]):
+        norms.clear()
+        brief(module, files, tmp_path / name, *flags.get(stage, []), "--dtype", name)
+        losses.append([row["loss"] for row in log_of(tmp_path / name)])
+        states.append(read_weights(next((tmp_path / name).glob("*.safetensors")))[0])
+        first.append(norms[:2])         # of step 1: two blocks, head and backbone, or two steps
+    tolerance = 16 * torch.finfo(dtype).eps
+    assert losses[1][0] == pytest.approx(losses[0][0], rel=tolerance)
+    assert len(losses[1]) == 3 and all(map(math.isfinite, losses[1]))
+    pairs = [pair for pair in zip(*first) if math.isfinite(sum(pair))]
+    assert pairs                        # GradScaler starts high: one may have left float16's range
+    for true, have in pairs:            # one that is still scaled would be 2^16 times too long
+        assert have == pytest.approx(true, rel=2 * tolerance)
+    assert all(t.dtype == torch.float32 for t in states[1].values()) and moved(*states)
+    start = load_vit(files / "teacher.safetensors").state_dict()
+    assert bool(moved(start, {name: states[1][name] for name in start})) == (stage != "frozen")
+
+
+@HALVES
+def test_half_precision_gradients_of_stage_1_are_those_of_float32(dtype):
+    """Scaled, taken block by block, unscaled: a few roundings wrong, nothing lost to underflow."""
+    teacher, gradients = random_vit().requires_grad_(False), []
+    for kind in (torch.float32, dtype):
+        student = linearize(teacher, "linear")
+        parameters = sum(trained_parameters(student, ["qkv"]), [])
+        scaler = torch.amp.GradScaler("cpu", enabled=kind == torch.float16)
+        step(teacher, student, random_images(), kind,
+             then=lambda loss: scaler.scale(loss).backward())
+        scaler.unscale_(torch.optim.SGD(parameters))
+        gradients.append([p.grad for p in parameters])
+    for want, have in zip(*gradients, strict=True):
+        assert 0 < error(have, want) < 4 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("attention, dtype", [
+    ("linear", torch.float32), ("linear", torch.bfloat16), ("linear", torch.float16),
+    ("hedgehog", torch.float32)], ids=str)
+def test_compiled_steps_equal_eager_ones(attention, dtype):
+    """What each stage compiles on a GPU, traced whole (fullgraph); one graph serves all blocks."""
+    torch._dynamo.reset()
+    teacher, student = random_vit().requires_grad_(False), random_vit(1, attention)
+    images, head = random_images(), finetune.make_head(ARCH, "segment", 3)
+    masks = images[:, 0] % 3
+    steps = (block_alignment, feature_alignment, finetune.task_loss)
+    counters = [CompileCounterWithBackend("aot_eager") for _ in steps]
+
+    def gradients(align, features, loss, dtype=dtype):
+        student.zero_grad()
+        losses = step(teacher, student, images, dtype, align, torch.Tensor.backward)
+        total = features(teacher, student, images, LOSS["mse"], dtype)
+        total = total + loss(student, head, images, masks, "segment", False, dtype)
+        total.backward()
+        return [losses, total.detach(), *(p.grad.clone() for p in student.parameters())]
+
+    compiled = gradients(*(torch.compile(one, fullgraph=True, backend=counter)
+                           for one, counter in zip(steps, counters)))
+    assert [counter.frame_count for counter in counters] == [1, 1, 1]
+    for exact, found, traced in zip(gradients(*steps, torch.float32), gradients(*steps), compiled):
+        assert torch.allclose(found, traced, rtol=1e-4, atol=1e-5 * found.abs().max()) or (
+            dtype != torch.float32          # rounded elsewhere, not more
+            and (traced - exact).norm() <= 2 * (found - exact).norm())
+
+
+def test_a_compiled_backward_is_not_under_autocast():
+    """It would take in float16 what linear attention multiplies in float32, for the range."""
+    products = []
+
+    def note(graph, inputs):
+        products.extend(node.meta["val"].dtype for node in graph.graph.nodes
+                        if node.target == torch.ops.aten.bmm.default)
+        return make_boxed_func(graph)
+
+    torch._dynamo.reset()
+    backend = aot_autograd(fw_compiler=lambda graph, _: make_boxed_func(graph), bw_compiler=note)
+    align = torch.compile(block_alignment, fullgraph=True, backend=backend)
+    step(random_vit().requires_grad_(False), random_vit(1, "linear"), random_images(),
+         torch.float16, align, torch.Tensor.backward)
+    assert set(products) == {torch.float32}
+
+
+@ALL
+def test_demo_defaults_are_printed_and_a_flag_wins(capsys, stage):
+    """Even one that equals a default for --data."""
+    args, said = stage.parse([]), capsys.readouterr().out
+    own = stage.parse(["--data", "photos", "--weights" if stage is finetune else "--teacher", "a"])
+    for key, value in stage.DEMO.items():
+        assert getattr(args, key) == value and f"--{key.replace('_', '-')} {value}" in said
+    for key, value in stage.DEFAULTS.items():
+        assert getattr(own, key) == value
+        assert getattr(stage.parse([f"--{key.replace('_', '-')}", str(value)]), key) == value
+    if stage is align_features:
+        assert args.student and f"--student {args.student}" in said and own.student is None
+        assert stage.parse(["--attention", "linear"]).student is None
+    if stage is finetune:
+        assert args.freeze and args.weights == finetune.ABLATION and " ".join(args.weights) in said
+        assert not own.freeze and not stage.parse(["--weights", "a"]).freeze
+
+
+def test_draws_are_a_function_of_seed_and_place_alone():
+    """Epochs are permutations; the next of the same one takes an unreadable photo's place."""
+    def draws(seed, order=range(20), bad=()):
+        def read(item):
+            if item in bad:
+                raise InputError(f"{item}")
+            return item
+        source = Draws(range(10), read, lambda item: (item, torch.rand(1).item()), seed)
+        return {i: source[i] for i in order}
+
+    state, good, other = torch.get_rng_state(), draws(3), draws(4)
+    assert torch.equal(torch.get_rng_state(), state)            # crops leave other randomness alone
+    torch.manual_seed(9)
+    assert draws(3, [7, 19, 2, 7, *range(20)]) == good          # a worker takes any of them
+    first, second, third = ([part[i][0][0] for i in range(j, j + 10)]
+                            for part, j in ((good, 0), (good, 10), (other, 0)))
+    assert sorted(first) == sorted(second) == sorted(third) == list(range(10))
+    assert first != second and first != third
+    assert len({drawn[0][1] for part in (good, other) for drawn in part.values()}) == 40
+    assert [draws(None, [i])[i][0][0] for i in range(10)] == list(range(10))
+    lost, instead = [first[4], first[5], first[9]], {4: 6, 5: 6, 9: 0}
+    names = {4: f"{lost[0]}\n{lost[1]}", 5: str(lost[1]), 9: str(lost[2])}
+    assert draws(3, range(10), lost) == {
+        i: ((first[instead.get(i, i)], good[i][0][1]), names.get(i, "")) for i in range(10)}
+    assert "none of 10 photos" in refusal(draws, 3, [0], range(10))
+
+
+@pytest.mark.parametrize("stage", (align_attention, align_features))
+def test_unreadable_photos_are_named_once_and_must_be_few(files, tmp_path, capsys, stage):
+    unread = []
+    for messages in (["", "a\nb", "b", ""], ["b\na"]):
+        note_unread(messages, unread, 200)
+    assert sorted(unread) == ["a", "b"] and capsys.readouterr().out.count("left out: ") == 2
+    assert "3 of 200" in refusal(note_unread, ["c"], unread, 200)
+    shutil.copytree(files / "photos", tmp_path / "photos")
+    flags = tmp_path / "out", "--data", tmp_path / "photos", "--batch-size", 8      # two epochs
+    (tmp_path / "photos/album1/4.jpg").write_bytes(b"no photo")
+    said, unread = brief(stage, files, *flags), report_of(tmp_path / "out")["unread"]
+    assert said.count(f"left out: {tmp_path / 'photos/album1/4.jpg'}") == len(unread) == 1
+    (tmp_path / "photos/album1/7.png").write_bytes(b"no photo")
+    assert "2 of 13 photos" in refusal(brief, stage, files, *flags)
+
+
+@ALL
+def test_photos_are_squares(tmp_path, files, drawn, stage):
+    """All of a photo's middle when held out; a random part, mirrored or not, in training."""
+    pixels, made = np.zeros((60, 40), dtype=np.uint8), drawn(stage)
+    pixels[:, 20:] = 200
+    for place in ("train/a", "train/b", "val/a", "val/b"):
+        (tmp_path / "data" / place).mkdir(parents=True)
+        Image.fromarray(pixels).save(tmp_path / "data" / place / "a.jpg")
+    brief(stage, files, tmp_path / "out", "--data", tmp_path / "data")
+    train, (held_out, _) = ([draws[i][0] for i in range(n)] for draws, n in zip(made, (12, 2)))
+    held_out = held_out[0] if stage is finetune else held_out
+    train = [item[0] if stage is finetune else item for item in train]
+    assert torch.equal(held_out, middle(tmp_path / "data/val/a/a.jpg"))
+    assert {(*image.shape, image.dtype) for image in train} == {(3, SIZE, SIZE, torch.uint8)}
+    assert len({image.numpy().tobytes() for image in train}) > 9
+    mirrored = {bool(image[:, :, :8].sum() > image[:, :, -8:].sum()) for image in train}
+    assert mirrored == {True, False}
+
+
+def test_code_written_twice_is_the_same_and_imports_do_nothing(tmp_path):
+    texts = [inspect.getsource(stage.main) for stage in (align_attention, align_features)]
+    same = {text[text.index("crop = "):text.index("optimizer = ")] for text in texts}
+    assert len(same) == 1 and same.pop().count("loader(") == 2
+    code = "import sys; sys.path.insert(0, {!r})\nimport align_features, finetune, align_attention"
+    done = subprocess.run([sys.executable, "-c", code.format(finetune.__file__.rpartition("/")[0])],
+                          cwd=tmp_path, capture_output=True)
+    assert (done.returncode, done.stdout, list(tmp_path.iterdir())) == (0, b"", [])
