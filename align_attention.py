@@ -29,7 +29,7 @@ from model import note_unread, open_out, read_image, run, save_vit, unlabelled, 
 
 DEFAULTS = dict(steps=2000, batch_size=32)
 DEMO = dict(teacher="demo/teacher.safetensors", size=64, steps=100, batch_size=64)  # without --data
-HELD_OUT = 256                              # images behind the table: more leave its second digit
+HELD_OUT = 256          # images for the table: more do not change its second digit
 
 
 def parse(argv):
@@ -53,7 +53,7 @@ def parse(argv):
     flag("--seed", type=int, default=0, help="of photos, crops and flips (default: 0)")
     flag("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto",
          help="of autocast (default: auto, half precision on a GPU, float32 on a CPU)")
-    flag("--workers", type=int, help="processes that load photos (default: 8 on a GPU, else 0)")
+    flag("--workers", type=int, help="that load photos (default: up to 8 on a GPU, else 0)")
     flag("--compile", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available(),
          help="torch.compile (default: on a GPU)")
     args = complete(parser.parse_args(argv), DEFAULTS, DEMO)
@@ -66,10 +66,10 @@ def block_alignment(teacher, student, x, grid, dtype=torch.float32):
     """One block of stage 1 (Fig. 4, left): the same input for both, the teacher's output goes on.
 
     teacher, student: Block. x (B, N, C), the teacher's residual stream. -> (x after the teacher's
-    block, loss). Paper: squared error; here: after the output projection, which weighs the heads as
-    the stream sees them, and over the error of attending to all tokens alike (the mean of V), so
-    that all blocks weigh the same: 0 is softmax itself, 1 is blind to the query.
-    Autocast is in here, because a compiled backward runs under what its forward was called under.
+    block, loss). The loss is the squared error after the output projection, divided by that of
+    uniform attention (the mean of V). 0: equals softmax. 1: no better than to ignore the query.
+    Paper: "squared error"; here: the ratio, because it gives all blocks equal weight.
+    Autocast is entered in here, since a compiled backward runs under the autocast of its call.
     """
     with torch.autocast(x.device.type, dtype, enabled=dtype != torch.float32):
         with torch.no_grad():
@@ -80,10 +80,10 @@ def block_alignment(teacher, student, x, grid, dtype=torch.float32):
             blind = teacher.attn.proj(blind)
             x = x + teacher.ls1(target)
             x = x + teacher.ls2(teacher.mlp(teacher.norm2(x)))
-        output = student.attn(h, grid)                  # (B,N,C), the only line with a gradient
+        output = student.attn(h, grid)                  # (B,N,C), the only trained forward pass
     target = target.float()
     error = (output.float() - target).square().sum()
-    return x, error / (blind.float() - target).square().sum()
+    return x, error / (blind.float() - target).square().sum().clamp(min=1e-12)      # a single token
 
 
 GROUPS = {                                  # what --train takes: tensors of a block, by name
@@ -96,7 +96,7 @@ GROUPS = {                                  # what --train takes: tensors of a b
 def trained_parameters(student, groups):
     """Freeze all but these GROUPS; -> a list of what is left for every block."""
     student.requires_grad_(False)
-    by_block = [[p for name in groups for p in GROUPS[name](block).parameters()]
+    by_block = [[p for name in dict.fromkeys(groups) for p in GROUPS[name](block).parameters()]
                 for block in student.blocks]
     if not any(by_block):
         raise InputError(f"--train {' '.join(groups)}: {student.attention} attention has no "
@@ -117,8 +117,8 @@ def exponential_start(student):
     for block in student.blocks:
         if block.attn.qkv.bias is not None:
             q, k, _ = block.attn.qkv.bias.chunk(3)
-            q += block.attn.operator.start
-            k += block.attn.operator.start
+            q += block.attn.operator.bias_shift
+            k += block.attn.operator.bias_shift
 
 
 @torch.no_grad()
@@ -129,7 +129,7 @@ def embed(teacher, images, dtype):
 
 
 @torch.no_grad()
-def relative_error(teacher, student, batches, device, dtype, note=list):
+def relative_error(teacher, student, batches, device, dtype, note=lambda _: None):
     """Held-out error of each block's attention output: root of the loss, so 1 is the mean of V."""
     losses = []
     for images, messages in tqdm(batches, desc="held out", leave=False, delay=2):
@@ -182,7 +182,7 @@ def main(argv=None):
     before = relative_error(teacher, student, held_out, device, dtype, note)
     if args.student is None:
         exponential_start(student)
-    start = time.perf_counter()
+    start, seconds = time.perf_counter(), 0.0
     with open(out / "log.jsonl", "w") as log, tqdm(total=args.steps * args.batch_size, unit="img",
                                                    mininterval=1) as bar:
         for step, (images, messages) in enumerate(train, 1):
@@ -191,7 +191,7 @@ def main(argv=None):
             losses = []
             for theirs, ours in zip(teacher.blocks, student.blocks):
                 x, loss = align(theirs, ours, x, grid, dtype)               # attention alignment
-                scaler.scale(loss).backward()   # at once: one block's activations are ever held
+                scaler.scale(loss).backward()   # now: memory holds one block's activations
                 losses.append(loss.detach())
             losses = torch.stack(losses).tolist()
             if not math.isfinite(sum(losses)):

@@ -33,7 +33,7 @@ from model import note_unread, open_out, read_image, run, save_vit, unlabelled, 
 DEFAULTS = dict(steps=5000, batch_size=32, lr=1e-4)
 DEMO = dict(teacher="demo/teacher.safetensors", size=64, steps=150, batch_size=64, lr=5e-4)
 STAGE_1 = "runs/attention/student.safetensors"  # the demo's student, unless --attention is given
-HELD_OUT = 256                              # images behind the table: more leave its second digit
+HELD_OUT = 256          # images for the table: more do not change its second digit
 
 
 def parse(argv):
@@ -55,7 +55,7 @@ def parse(argv):
     flag("--seed", type=int, default=0, help="of photos, crops and flips (default: 0)")
     flag("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto",
          help="of autocast (default: auto, half precision on a GPU, float32 on a CPU)")
-    flag("--workers", type=int, help="processes that load photos (default: 8 on a GPU, else 0)")
+    flag("--workers", type=int, help="that load photos (default: up to 8 on a GPU, else 0)")
     flag("--compile", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available(),
          help="torch.compile (default: on a GPU)")
     args = parser.parse_args(argv)
@@ -83,7 +83,7 @@ LOSS = {"mse": mse, "cosine": cosine}
 def feature_alignment(teacher, student, images, loss, dtype=torch.float32):
     """Stage 2 (Fig. 4, middle): uint8 images (B, 3, H, W) -> loss of final tokens (B, 1+R+N, C).
 
-    Autocast is in here, because a compiled backward runs under what its forward was called under.
+    Autocast is entered in here, since a compiled backward runs under the autocast of its call.
     """
     images = teacher.normalize(images)
     with torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
@@ -94,7 +94,7 @@ def feature_alignment(teacher, student, images, loss, dtype=torch.float32):
 
 
 @torch.no_grad()
-def compare(teacher, student, batches, dtype, device, note=list):
+def compare(teacher, student, batches, dtype, device, note=lambda _: None):
     """Held-out agreement of the final tokens: cosine of CLS (None without) and patches, error."""
     prefix, cls, patches, error, energy = teacher.arch.prefix, [], [], 0.0, 0.0
     for images, messages in tqdm(batches, desc="held out", leave=False, delay=2):
@@ -110,7 +110,7 @@ def compare(teacher, student, batches, dtype, device, note=list):
         energy += (want - centre).square().sum()
     return dict(cls_cosine=torch.stack(cls).mean().item() if teacher.arch.cls else None,
                 patch_cosine=torch.stack(patches).mean().item(),
-                relative_error=(error / energy).sqrt().item())
+                relative_error=(error / energy.clamp(min=1e-12)).sqrt().item())
 
 
 @torch.no_grad()
@@ -165,7 +165,7 @@ def main(argv=None):
     note = partial(note_unread, unread=unread, listed=len(source) + len(held_out.dataset))
     before = compare(teacher, student.eval(), held_out, dtype, device, note)
     student.train()
-    start = time.perf_counter()
+    start, seconds = time.perf_counter(), 0.0
     with open(out / "log.jsonl", "w") as log, tqdm(total=args.steps * args.batch_size, unit="img",
                                                    mininterval=1) as bar:
         for step, (images, messages) in enumerate(train, 1):
@@ -206,7 +206,7 @@ def main(argv=None):
     images = torch.stack([shown[i][0] for i in places])
     if len(images) * (args.size // teacher.arch.patch) ** 2 > 3:        # patches: three axes need 4
         picture(teacher, student, images.to(device), out / "features.png")
-    print(f"wrote {out / 'student.safetensors'} and {out / 'features.png'}")
+    print(f"wrote {out / 'student.safetensors'}")
 
 
 if __name__ == "__main__":

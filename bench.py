@@ -5,12 +5,12 @@
     python bench.py train           # one step of stages 1 and 2, in forward passes of their teacher
 
 Random weights and images. Writes to --out, after every point, bench-DEVICE-PART-MODE.csv, and with
-matplotlib a .png; replaces nothing, the next run writes ...-1.csv. What you add to model.ATTENTION
-is measured too. Calls take turns, each timed after an untimed one of its own: other load and the
-caches affect all alike. Times are medians and quartiles after a warm-up; memory is what a call
-holds at its peak, on top of weights and inputs; FLOPs are of matrix products. Written-out softmax
-is never compiled: the compiler would put the fused kernel in its place. CPU figures are of the
-plain process, without settings of its memory allocator.
+matplotlib a .png; replaces nothing, the next run writes ...-1.csv. Part attention measures all of
+model.ATTENTION, part model what --operators names, part train "linear". Calls take turns, each
+timed after an untimed one of its own: other load and the caches affect all alike. Times are medians
+and quartiles after a warm-up; memory is what a call holds at its peak, on top of weights and
+inputs; FLOPs are of matrix products. Written-out softmax is never compiled: the compiler would put
+the fused kernel in its place. CPU figures are of the plain process, without allocator settings.
 """
 import argparse
 import csv
@@ -226,11 +226,11 @@ def attention_points(args, device, dtype):
                 operator.compile(dynamic=False)
             if name != "copy" or not backward:
                 calls[name] = forward_or_both(operator, q, k, v, grid, backward)
-        said = {name: {"heads": heads, "batch": batch, "tokens": tokens,
+        labels = {name: {"heads": heads, "batch": batch, "tokens": tokens,
                        "pass": "forward+backward" if backward else "forward",
                        "resident_mb": 3 * v.nbytes / 1e6} for name in calls}
-        said["softmax"]["backend"] = SDPBackend(torch._fused_sdp_choice(q, k, v)).name.lower()
-        yield calls, said, (2 + backward) * batch * heads * tokens ** 2 * v.element_size()
+        labels["softmax"]["backend"] = SDPBackend(torch._fused_sdp_choice(q, k, v)).name.lower()
+        yield calls, labels, (2 + backward) * batch * heads * tokens ** 2 * v.element_size()
 
 
 def vit_says(title, batch, pixels):
@@ -249,14 +249,14 @@ def model_points(args, device, dtype):
             for block in vits[name].blocks:
                 block.compile(dynamic=False)            # all share what the first one compiled
         for pixels in (round(p / teacher.arch.patch) * teacher.arch.patch for p in args.points):
-            calls, said = {}, {}
+            calls, labels = {}, {}
             for name, vit in vits.items():
                 images = torch.randn(batch, 3, pixels, pixels).to(device, vit.norm.weight.dtype)
                 held = sum(p.nbytes for p in vit.parameters()) + images.nbytes
                 calls[name] = partial(vit, images)
                 more = {"pass": "forward", "resident_mb": held / 1e6}
-                said[name] = vit_says(title, batch, pixels) | more
-            yield calls, said, 2 * batch * teacher.arch.heads * said[name]["tokens"] ** 2 * 4
+                labels[name] = vit_says(title, batch, pixels) | more
+            yield calls, labels, 2 * batch * teacher.arch.heads * labels[name]["tokens"] ** 2 * 4
 
 
 def train_points(args, device, dtype):
@@ -386,9 +386,9 @@ def main(argv=None):
     rows, endings, sheet = [], {}, io.StringIO(newline="")
     table = csv.DictWriter(sheet, COLUMNS)
     table.writeheader()
-    for calls, said, maps in points(args, device, dtype):
+    for calls, labels, maps in points(args, device, dtype):
         torch._dynamo.reset()
-        facts = next(iter(said.values()))
+        facts = next(iter(labels.values()))
         curve = tuple(facts.get(key) for key in ("model", "heads", "batch", "pass"))
         with torch.set_grad_enabled(facts.get("pass") != "forward"):
             point = measure(calls, endings.setdefault(curve, {}), device, seconds[args.quick], maps)
@@ -396,7 +396,7 @@ def main(argv=None):
                 for name, row in point.items():
                     row["gflops"] = count_flops(calls[name]) / 1e9
         for name, row in point.items():
-            row |= same | {"name": name, "pass": "step"} | said[name]
+            row |= same | {"name": name, "pass": "step"} | labels[name]
             row["mode"] = "eager" if name in WRITTEN_OUT else args.mode
             if ms := row.get("median_ms"):
                 row |= {"gflops_per_s": row["gflops"] / ms * 1e3} if "gflops" in row else {}

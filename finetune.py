@@ -8,8 +8,8 @@
 --weights takes one file or several, and trains each in the same way. FILE:linear is FILE with its
 attention swapped and nothing aligned. --freeze leaves the backbone as it is: its features are
 computed once, and only the head is trained. --from-scratch keeps nothing of a file but its
-architecture, the paper's other paradigm (Fig. 1). A checkpoint of this script keeps its head where
-task and classes are the same; --steps 0 then only scores it.
+architecture, the paper's other paradigm (Fig. 1). Given a checkpoint of this script with the same
+task and classes, training goes on with its head; --steps 0 scores it without training.
 
 Data: train/CLASS/ and val/CLASS/ (classify); train/images, train/masks and val/... (segment: masks
 are PNGs of the same name, an id a pixel; classes.txt names id 0, 1, ... a line each). Writes to
@@ -38,11 +38,11 @@ from model import device_and_dtype, find_images, linearize, load_vit, open_out, 
 from model import read_weights, run, save_vit, say_left_out, weights_file, write_whole
 
 DEFAULTS = dict(steps=2000, batch_size=32)
-DEMO = dict(size=64, steps=300, batch_size=64)              # without --data; and without --weights:
+DEMO = dict(size=64, steps=300, batch_size=64)              # without --data
 ABLATION = ["demo/teacher.safetensors", "demo/teacher.safetensors:linear",
             "runs/attention/student.safetensors", "runs/features/student.safetensors"]
 IGNORE = 255                                # in our masks: neither in the loss nor in the score
-HEAD_LR = 10                                # a fresh head learns this much faster than the backbone
+HEAD_LR = 10                                # the head learns this much faster than the backbone
 
 
 def parse(argv):
@@ -59,7 +59,8 @@ def parse(argv):
     flag("--data", help="a folder (see above), or a torchvision set (default: the demo's)")
     flag("--ignore", type=int, default=IGNORE, help="id in masks that counts nowhere, -1 for none "
          f"(default: {IGNORE})")
-    flag("--size", type=int, help="pixels, a multiple of the patch (default: the weights' native)")
+    flag("--size", type=int, help="pixels, a multiple of the patch (default: a checkpoint's own, "
+         "else the weights' native)")
     flag("--steps", type=int, help=f"0 only scores (default: {DEFAULTS['steps']}, demo: "
          f"{DEMO['steps']})")
     flag("--batch-size", type=int,
@@ -70,7 +71,7 @@ def parse(argv):
     flag("--seed", type=int, default=0, help="of head, photos, crops and flips (default: 0)")
     flag("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto",
          help="of autocast (default: auto, half precision on a GPU, float32 on a CPU)")
-    flag("--workers", type=int, help="processes that load photos (default: 8 on a GPU, else 0)")
+    flag("--workers", type=int, help="that load photos (default: up to 8 on a GPU, else 0)")
     flag("--compile", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available(),
          help="torch.compile (default: on a GPU)")
     args = parser.parse_args(argv)
@@ -147,14 +148,14 @@ def count_ids(items, colours):
         ids, size = read_mask(item[-1]), read_image(item).shape[1:]
         if ids.shape != size:
             raise InputError(f"{item[-1]} has {ids.shape[0]} x {ids.shape[1]} pixels, {item[0]}, "
-                             f"turned upright as its EXIF says, has {size[0]} x {size[1]}")
+                             f"upright by EXIF, has {size[0]} x {size[1]}: expected the same")
         counts += ids.flatten().bincount(minlength=256)
         if isinstance(item[-1], Path):
             with Image.open(item[0]) as photo, Image.open(item[-1]) as mask:
                 turned += photo.getexif().get(0x0112, 1) != 1
                 flat = mask.getpalette() or []
             palette = list(zip(flat[::3], flat[1::3], flat[2::3]))
-            for id in ids.unique().tolist() if palette else ():
+            for id in (id for id in ids.unique().tolist() if id < len(palette)):
                 alike = {i for i, colour in enumerate(palette) if colour == palette[id]}
                 first, file = colours.setdefault(palette[id], (alike, item[-1]))
                 if id not in first:
@@ -220,9 +221,10 @@ def load_data(data, task, ignore):
         counts = torch.stack([part.bincount(minlength=len(names)) for part in labels])
     ids = counts.sum(0).nonzero().flatten().tolist() if task == "segment" else range(len(names))
     if not 2 <= len(ids) <= 255 and task == "segment" or len(ids) < 2 or not counts.sum(1).all():
-        raise InputError(f"{data} has the classes {list(ids)} (id {ignore} is ignored, --ignore -1 "
-                         f"would count it), {counts.sum(1).tolist()} labels in train and val: "
-                         "expected two classes or more, and labels in both")
+        hint = f" besides {ignore}, which --ignore -1 would count" if task == "segment" else ""
+        raise InputError(f"{data} has the classes {list(ids) if hint else names}{hint}, and "
+                         f"{counts.sum(1).tolist()} labels in train and val: expected two classes "
+                         "or more, and labels in both")
     classes = [names[id] if id < len(names) and names.count(names[id]) == 1 else str(id)
                for id in ids]
     for id, name in zip(ids, classes):
@@ -234,9 +236,17 @@ def load_data(data, task, ignore):
 # --------------------------------------------------------------------------------------------------
 # Heads and scores
 
+def labelled(loader):
+    """Batches without messages; a labelled photo that is gone by now ends the run."""
+    for batch, messages in loader:
+        if unread := next(filter(None, messages), None):
+            raise InputError(unread)
+        yield batch
+
+
 def features(vit, images, task):
-    """uint8 images (B, 3, H, W) -> what a head reads: to segment, patches (B, rows, columns, C); to
-    classify, CLS and mean patch (B, 2C), or mean patch (B, C) without CLS.
+    """uint8 images (B, 3, H, W) -> what a head reads. segment: patches (B, rows, columns, C);
+    classify: CLS and mean patch (B, 2C), or the mean patch alone (B, C) of a ViT without CLS.
     """
     tokens, grid = vit(vit.normalize(images)).float(), vit.grid(*images.shape[2:])
     patches = tokens[:, vit.arch.prefix:]                                   # (B, N, C)
@@ -262,6 +272,15 @@ def make_head(arch, task, classes):
     return nn.Linear(arch.width * (1 + arch.cls), classes)
 
 
+def load_head(head, tensors, spec):
+    """Give a head the weights head.* of a checkpoint; -> the head."""
+    try:
+        head.load_state_dict({n[5:]: t for n, t in tensors.items() if n.startswith("head.")})
+    except RuntimeError as error:
+        raise InputError(f"{spec} has no whole task head: {error}") from None
+    return head
+
+
 def kept_head(head, spec, task, classes, ids):
     """Give a fresh head the weights that a checkpoint has for the same task, classes and ids."""
     tensors, facts = read_weights(weights_file(spec)[0])
@@ -270,7 +289,7 @@ def kept_head(head, spec, task, classes, ids):
     if (facts["task"], facts["classes"], facts.get("ids", ids)) != (task, classes, ids):
         print(f"{spec}: its head is not kept, it is to {facts['task']} {facts['classes']}")
         return False
-    head.load_state_dict({name[5:]: t for name, t in tensors.items() if name.startswith("head.")})
+    load_head(head, tensors, spec)
     print(f"{spec}: its head is kept")
     return True
 
@@ -278,7 +297,7 @@ def kept_head(head, spec, task, classes, ids):
 def task_loss(vit, head, inputs, targets, task, frozen, dtype=torch.float32):
     """inputs: uint8 images, or their features if the backbone is frozen; targets: labels or masks.
 
-    Autocast is in here, because a compiled backward runs under what its forward was called under.
+    Autocast is entered in here, since a compiled backward runs under the autocast of its call.
     """
     with torch.autocast(inputs.device.type, dtype, enabled=dtype != torch.float32):
         logits = head(inputs.float() if frozen else features(vit, inputs, task))
@@ -335,9 +354,10 @@ PALETTE[0], PALETTE[IGNORE] = 0, 1                      # background black, igno
 def load_backbone(spec, from_scratch):
     """FILE, NAME, NAME=FILE, each may end in :OPERATOR -> (ViT, without that, stages behind it)."""
     name, _, operator = spec.rpartition(":")
-    name, operator = (name, operator) if operator in ATTENTION else (spec, None)
+    name, operator = (name, operator) if name and operator in ATTENTION else (spec, None)
     if from_scratch:
-        arch = KNOWN[name] if name in KNOWN else load_vit(name).arch
+        known = [arch for key, arch in KNOWN.items() if name in (key, key.partition(".")[0])]
+        arch = known[0] if known else load_vit(name).arch       # a name need not be downloaded
         return ViT(arch, operator or "softmax"), name, "scratch"
     vit = load_vit(name)
     if operator not in (None, vit.attention):
@@ -354,9 +374,8 @@ def predict(args, device):
         raise InputError(f"{args.weights[0]} has no task head: --predict needs a checkpoint that "
                          "finetune.py wrote")
     task, classes, size = facts["task"], facts["classes"], facts["size"]
-    head = make_head(vit.arch, task, len(classes)).to(device)
-    head.load_state_dict({name[5:]: t for name, t in tensors.items() if name.startswith("head.")})
-    ids = torch.tensor(facts.get("ids", range(len(classes))), dtype=torch.uint8)
+    head = load_head(make_head(vit.arch, task, len(classes)), tensors, args.weights[0]).to(device)
+    ids = torch.tensor(facts.get("ids", range(len(classes))))
     photos = [(path, Path(path).relative_to(given) if Path(given).is_dir() else Path(path).name)
               for given in args.predict
               for path in (find_images(given) if Path(given).is_dir() else [given])]
@@ -367,7 +386,11 @@ def predict(args, device):
     if task == "segment":
         whole = v2.Resize((size, size), **BICUBIC)
     for path, name in photos:
-        photo = read_image(path)
+        try:
+            photo = read_image(path, size if task == "classify" else None)
+        except InputError as error:
+            print(f"left out: {error}")
+            continue
         logits = head(features(vit, whole(photo)[None].to(device), task))
         if task == "classify":
             share, best = logits.softmax(1)[0].max(0)
@@ -376,10 +399,10 @@ def predict(args, device):
         mask = upsampled_classes(logits, photo.shape[1:])[0].cpu()
         target = out / "masks" / f"{name}.png"          # with its suffix: not a.jpg's over a.png's
         target.parent.mkdir(parents=True, exist_ok=True)
-        picture = Image.fromarray(ids[mask].numpy())
+        picture = Image.fromarray(ids[mask].byte().numpy())
         picture.putpalette((PALETTE * 255).byte().flatten().tolist())
         picture.save(target)
-        overlay = photo.float() / 510 + PALETTE[ids[mask].long()].permute(2, 0, 1) / 2
+        overlay = photo.float() / 510 + PALETTE[ids[mask]].permute(2, 0, 1) / 2
         save_image(overlay, target.with_name(f"{target.stem}.overlay.png"))
         print(f"{path}\t{', '.join(classes[value] for value in mask.unique())}\t{target}")
 
@@ -392,7 +415,8 @@ def main(argv=None):
 
     for spec in args.weights:                           # all must be good before we start
         model, _, _ = load_backbone(spec, args.from_scratch)
-        args.size = model.arch.pixels[0] if args.size is None else args.size
+        if args.size is None:
+            args.size = model.facts.get("size", model.arch.pixels[0])
         model.grid(args.size, args.size)
     source, val_source, classes, ids = load_data(args.data, args.task, args.ignore)
     for spec in args.weights if args.steps == 0 else ():
@@ -432,8 +456,8 @@ def main(argv=None):
             parts = []
             for part in (source, val_source):
                 found = []
-                for (images, targets), _ in tqdm(loader(Draws(part, read, whole)), delay=2,
-                                                 desc=f"{spec}: features"):
+                batches = tqdm(loader(Draws(part, read, whole)), f"{spec}: features", delay=2)
+                for images, targets in labelled(batches):
                     with torch.no_grad(), torch.autocast(device, dtype,
                                                          enabled=dtype != torch.float32):
                         images = features(vit, images.to(device), args.task)
@@ -450,7 +474,7 @@ def main(argv=None):
             draws = range(args.steps * args.batch_size)
             train, val = loader(Draws(source, read, crop, args.seed), sampler=draws), loader(
                 Draws(val_source, read, whole))
-            train, val = ((batch for batch, _ in part) for part in (train, val))    # none unread
+            train, val = labelled(train), labelled(val)
         head_lr = args.lr if args.from_scratch else HEAD_LR * args.lr
         groups = [dict(params=list(head.parameters()), lr=head_lr)]
         if not args.freeze:

@@ -12,8 +12,8 @@ reads and writes files, and refuses in one sentence those that it cannot use.
 
 Glossary, the same letters in every file; the paper's symbol, where it has one, in brackets
     B  images in a batch                     C  width of a token [d]
-    N  tokens [N]; patches alone where       H  attention heads
-       prefix tokens are counted apart       D  width of a head, C / H
+    N  tokens [N]; "prefix + N", "1+R+N":    H  attention heads
+       there N counts the patches alone      D  width of a head, C / H
     R  register tokens                       phi  feature map of linear attention [phi]
     grid  (rows, columns) of patches         prefix  CLS and registers, which are not on the grid
 """
@@ -53,8 +53,8 @@ class InputError(Exception):
 
 
 # --------------------------------------------------------------------------------------------------
-# Attention: q, k, v, each (B, H, N, D) -> (B, H, N, D), same dtype. Each definition stands over its
-# fast form, and the tests compare the two.
+# Attention: q, k, v, each (B, H, N, D) -> (B, H, N, D), same dtype. Each slow definition is
+# followed by its fast form; the tests compare the two.
 
 def softmax_reference(q, k, v):
     """out_i = sum_j softmax_j(q_i . k_j / sqrt(D)) v_j, written out: O(N^2) time and memory."""
@@ -99,32 +99,33 @@ def linear_attention(q, k, v, phi=elu_plus_one):
     """The same with its brackets moved, phi(q) (phi(k)^T v): O(N) time and memory, no N x N map.
 
     phi must be positive. Paper: phi, its scale and eps are not published; here: 1 + ELU without
-    either, because dividing phi(q), not the output, keeps every dtype in range at any N. Sums over
-    tokens leave float16's range at N = 785, so they are float32, as are float16's products.
+    either. phi(q) is divided by its normaliser before the product, so every dtype stays in range.
+    Sums over tokens are in float32 (float16 overflows at N = 785), and so are float16's products.
     """
     with torch.autocast(v.device.type, enabled=False):  # these dtypes are chosen, not inherited
         wide = torch.promote_types(v.dtype, torch.float32)
         work = wide if v.dtype == torch.float16 else v.dtype
         q, k = phi(q.to(work)), phi(k.to(work))
         kv = k.mT @ v.to(work)                          # (B,H,D,N) @ (B,H,N,D) -> (B,H,D,D)
-        k_sum = k.sum(-2, keepdim=True, dtype=wide)     # (B,H,1,D)
-        total = (q * k_sum).sum(-1, keepdim=True)       # (B,H,N,1), the normaliser of each query
+        k_sum = k.sum(-2, keepdim=True, dtype=wide)     # (B,H,N,D) -> (B,H,1,D)
+        total = q.to(wide) @ k_sum.mT                   # (B,H,N,D) @ (B,H,D,1) -> (B,H,N,1)
         return ((q / total).to(work) @ kv).to(v.dtype)  # (B,H,N,D) @ (B,H,D,D) -> (B,H,N,D)
 
 
 class Operator(nn.Module):
     """How a block attends. A new one: a subclass with its own parameters, and a line in ATTENTION.
 
-    function: (q, k, v) -> out, for an operator that is no more than that. start: what stage 1 adds
-    to query and key biases before it trains (align_attention.exponential_start).
+    function: (q, k, v) -> out, for an operator that is no more than that. bias_shift: what stage 1
+    adds to query and key biases before it trains (align_attention.exponential_start).
     """
 
-    def __init__(self, arch, function=None, start=0.0):
+    def __init__(self, arch, function=None, bias_shift=0.0):
         super().__init__()
-        self.function, self.start = function, start
+        self.function, self.bias_shift = function, bias_shift
 
     def forward(self, q, k, v, grid):
-        """q, k, v (B, H, prefix + N, D), the last rows * columns tokens on the grid -> the same."""
+        """q, k, v (B, H, prefix + N, D) -> the same shape. The last rows * columns tokens are the
+        patches, row by row; rotary positions, if any, are already in q and k."""
         return self.function(q, k, v)
 
 
@@ -144,7 +145,7 @@ class Hedgehog(Operator):
 ATTENTION = {                                           # name -> Operator, given an Architecture
     "softmax": partial(Operator, function=softmax_attention),
     "softmax_reference": partial(Operator, function=softmax_reference),
-    "linear": partial(Operator, function=linear_attention, start=-4.0),
+    "linear": partial(Operator, function=linear_attention, bias_shift=-4.0),
     "relu": partial(Operator, function=partial(linear_attention, phi=lambda x: x.clamp(min=1e-6))),
     "hedgehog": Hedgehog,
 }
@@ -166,17 +167,17 @@ class Architecture:
     cls_position: bool = True                           # the table's first row belongs to CLS
     registers: int = 0                                  # R
     layerscale: bool = False
-    position: str = "timm"                              # "timm", "dinov2": rule that resizes the
-    eps: float = 1e-6                                   # table; "rotary": none. eps: of LayerNorms
-    mean: tuple = (0.485, 0.456, 0.406)                 # of the pixels in [0, 1] that the weights
-    std: tuple = (0.229, 0.224, 0.225)                  # were trained on: ImageNet's
+    position: str = "timm"                              # whose rule resizes the table, or "rotary"
+    eps: float = 1e-6                                   # of every LayerNorm
+    mean: tuple = (0.485, 0.456, 0.406)                 # of pixels in [0, 1]; here ImageNet's
+    std: tuple = (0.229, 0.224, 0.225)
     act: str = "gelu"                                   # of the MLP, one of ACTIVATIONS
-    norm_pre: bool = False                              # CLIP: a LayerNorm before the first block,
-    qkv_bias: bool = True                               # and no bias in the patch embedding
+    norm_pre: bool = False                              # CLIP's first LayerNorm; no patch bias then
+    qkv_bias: bool = True
 
     @property
     def pixels(self):
-        """Native image size (height, width): the one the weights were trained or last tuned at."""
+        """Native image size (height, width): the one that the position table was made for."""
         return self.grid[0] * self.patch, self.grid[1] * self.patch
 
     @property
@@ -189,8 +190,9 @@ def rotate(x, grid):
     """Rotary positions of DINOv3 (arXiv 2508.10104): turn pairs of features by a patch's place.
 
     x: queries or keys (B, H, prefix + N, D) -> the same shape; prefix tokens are not turned.
-    Linear attention sees the turned q and k, as softmax does: still O(N) and positive weights that
-    sum to 1. Lost is that q . k depends on the offset of two patches alone: stage 1's work.
+    Linear attention sees the turned q and k, as softmax does: still O(N), and positive weights that
+    sum to 1. What is lost: phi(q) . phi(k) does not depend on the offset of two patches alone;
+    stage 1 has to make up for it.
     """
     rows, columns = (((torch.arange(n, device=x.device) + 0.5) / n) * 2 - 1 for n in grid)
     place = torch.stack(torch.meshgrid(rows, columns, indexing="ij"), dim=-1).view(-1, 2, 1)
@@ -301,12 +303,12 @@ class ViT(nn.Module):
             self.cls_token = nn.Parameter(torch.zeros(1, 1, arch.width))
         if arch.registers:
             self.reg_token = nn.Parameter(torch.zeros(1, arch.registers, arch.width))
-        norm = nn.LayerNorm(arch.width, eps=arch.eps)
-        self.norm_pre = norm if arch.norm_pre else nn.Identity()
+        self.norm_pre = nn.LayerNorm(arch.width, eps=arch.eps) if arch.norm_pre else nn.Identity()
         self.blocks = nn.ModuleList(Block(arch, attention) for _ in range(arch.depth))
         self.norm = nn.LayerNorm(arch.width, eps=arch.eps)
-        for name, tensor in self.named_parameters():    # to train from scratch; an operator starts
-            if ".operator." not in name and tensor.ndim > 1:            # as its own class says
+        # Initialise for training from scratch. Operators initialise their own parameters.
+        for name, tensor in self.named_parameters():
+            if ".operator." not in name and tensor.ndim > 1:
                 nn.init.trunc_normal_(tensor, std=0.02)
             elif ".operator." not in name and name.endswith(".bias"):
                 nn.init.zeros_(tensor)
@@ -501,8 +503,8 @@ def clean(tensors, path):
     if len(prefixes) != 1:
         names = ", ".join(prefixes or list(map(str, tensors))[:3]) or "no tensors"
         who = [who for part, who in OTHERS.items() if any(part in str(name) for name in tensors)]
-        raise InputError(f"{path} holds {len(prefixes)} ViTs with timm's names, expected one; it "
-                         f"has {' '.join([*who, 'names:']) if who else ''} {names}")
+        raise InputError(f"it holds {len(prefixes)} ViTs with timm's names, expected one; found "
+                         f"{' '.join([*who, 'names:'])} {names}")
     left_out, kept = [], {}
     for full, tensor in tensors.items():
         full = str(full)
@@ -513,8 +515,10 @@ def clean(tensors, path):
         for old, new in RENAMED.items():
             name = name if ".operator." in name else name.replace(old, new)
         kept[name] = tensor
-    if prefixes[0] or left_out:
-        print(f"{path}: prefix '{prefixes[0]}' removed, left out: {', '.join(left_out) or '-'}")
+    if prefixes[0]:
+        print(f"{path}: prefix '{prefixes[0]}' removed")
+    if left_out and not all(name.startswith("head.") for name in left_out):     # not our own heads
+        print(f"{path}: left out: {', '.join(left_out)}")
     if {"register_tokens", "pos_embed", "cls_token"} <= kept.keys():    # DINOv2's own: timm adds
         kept["reg_token"] = kept.pop("register_tokens")                 # CLS's position to CLS
         cls_position, kept["pos_embed"] = kept["pos_embed"].tensor_split([1], dim=1)
@@ -535,22 +539,18 @@ def load_vit(spec, attention=None):
     if not header and name is None:
         raise InputError(f"{path} does not say which ViT it is: write NAME={path} with a NAME that "
                          "`python model.py` lists")
-    if header:                                          # a head of ours is finetune.py's matter
-        tensors = {key: tensor for key, tensor in tensors.items() if not key.startswith("head.")}
-    tensors = clean(tensors, path)
     try:
+        tensors = clean(tensors, path)
         saved = {key: tuple(value) if isinstance(value, list) else value
                  for key, value in header.get("architecture", {}).items() if key != "interpolation"}
         arch = Architecture(**saved) if header else KNOWN[name]
-        if header.get("attention", "softmax") not in ATTENTION:
-            raise InputError(f"{path} has {header['attention']} attention: expected one of "
-                             f"{', '.join(ATTENTION)}")
         model = ViT(arch, header.get("attention", "softmax"))
-        bad = [key for key, t in tensors.items() if not t.is_floating_point() or t.isnan().any()]
+        bad = [key for key, tensor in tensors.items()
+               if not tensor.is_floating_point() or not tensor.isfinite().all()]
         if bad:
-            raise InputError(f"{path}: expected floating-point tensors without NaN, not {bad[:3]}")
+            raise InputError(f"expected floating-point tensors without NaN, not {bad[:3]}")
         model.load_state_dict(tensors)
-    except (AttributeError, TypeError, RuntimeError) as error:          # names or shapes differ
+    except Exception as error:                          # names, shapes or kinds differ
         raise InputError(f"{path} does not fit {name or 'its header'}: {one_line(error)}") from None
     if name and arch != KNOWN[name]:
         raise InputError(f"{path} is no {name}, its header says {arch}")
@@ -594,13 +594,13 @@ def load_pair(teacher, student=None, attention=None):
 
 def write_whole(path, content):
     """Write bytes, or anything else as JSON, so that the file appears whole or not at all."""
-    if not isinstance(content, bytes):
-        content = json.dumps(content, indent=1, allow_nan=False).encode()
     part = f"{Path(path).parent}/.{Path(path).name}.{os.getpid()}"
     try:
+        if not isinstance(content, bytes):
+            content = json.dumps(content, indent=1, allow_nan=False).encode()
         Path(part).write_bytes(content)
         os.replace(part, path)
-    except OSError as error:
+    except (OSError, ValueError) as error:              # no room, or NaN where a number should be
         if os.path.exists(part):
             os.unlink(part)
         raise InputError(f"{path} could not be written: {one_line(error)}") from None
@@ -624,12 +624,11 @@ def save_vit(model, path, head=None, **facts):
 
 BICUBIC = dict(interpolation=InterpolationMode.BICUBIC, antialias=True)     # of every family
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm"}
-SETS = {                            # torchvision's downloads: (class, training and held-out part)
-    "imagenette": (datasets.Imagenette, dict(size="320px", split="train"),
-                   dict(size="320px", split="val")),
-    "flowers102": (datasets.Flowers102, dict(split="train"), dict(split="test")),
-    "pets": (datasets.OxfordIIITPet, dict(split="trainval"), dict(split="test")),
-    "voc2012": (datasets.VOCSegmentation, dict(image_set="train"), dict(image_set="val")),
+SETS = {            # torchvision's downloads: class, its word for a part, training, held-out part
+    "imagenette": (partial(datasets.Imagenette, size="320px"), "split", "train", "val"),
+    "flowers102": (datasets.Flowers102, "split", "train", "test"),
+    "pets": (datasets.OxfordIIITPet, "split", "trainval", "test"),
+    "voc2012": (datasets.VOCSegmentation, "image_set", "train", "val"),
 }
 
 
@@ -735,9 +734,9 @@ def find_images(folder):
 
 def open_set(name, root="data"):
     """One of torchvision's sets, downloaded to `root` on first use -> [training, held-out part]."""
-    kind, *parts = SETS[name]
+    kind, argument, *parts = SETS[name]
     try:
-        return [kind(root, download=True, **part) for part in parts]
+        return [kind(root, download=True, **{argument: part}) for part in parts]
     except ModuleNotFoundError as error:
         raise InputError(f"--data {name} needs a package: pip install {error.name}") from None
     except (OSError, RuntimeError) as error:
@@ -832,17 +831,18 @@ def complete(args, defaults, demo):
                              "--data names your own")
     if args.steps < 0 or args.batch_size < 1 or args.workers < 0 or not 0 < args.lr < math.inf:
         raise InputError(f"--steps {args.steps} --batch-size {args.batch_size} --lr {args.lr} "
-                         f"--workers {args.workers}: expected numbers above 0")
+                         f"--workers {args.workers}: expected --batch-size and --lr above 0, the "
+                         "others 0 or more")
     return args
 
 
 def device_and_dtype(name):
     """CUDA where there is one; autocast's dtype, auto: bfloat16 or float16, on the CPU float32."""
-    if not torch.cuda.is_available():
-        return "cpu", torch.float32 if name == "auto" else getattr(torch, name)
-    native = torch.cuda.is_bf16_supported(including_emulation=False)
-    half = torch.bfloat16 if native else torch.float16
-    return "cuda", half if name == "auto" else getattr(torch, name)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "auto" and device == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        name = "bfloat16" if native else "float16"
+    return device, torch.float32 if name == "auto" else getattr(torch, name)
 
 
 def open_out(args, inputs):
@@ -853,8 +853,8 @@ def open_out(args, inputs):
     """
     out = Path(os.path.realpath(args.out))
     for given in map(str, filter(None, inputs)):
-        forms = {given, given.partition("=")[2]}        # NAME=FILE:OPERATOR
-        forms |= {form.rpartition(":")[0] for form in forms}
+        forms = {given, given.partition("=")[2], "data" if given in SETS else ""}
+        forms |= {form.rpartition(":")[0] for form in forms}            # NAME=FILE:OPERATOR
         for file in (Path(form) for form in forms if form and os.path.exists(form)):
             links = os.path.realpath(file), f"{os.path.realpath(file.parent)}/{file.name}"
             for real in map(Path, links):
@@ -863,12 +863,13 @@ def open_out(args, inputs):
                                      "read: name another folder")
     try:
         if out.is_dir() and any(out.iterdir()):
-            if not (out / "run.json").exists():
+            mark = out / "run.json"
+            if not mark.is_file() or b'"script"' not in mark.read_bytes():
                 raise InputError(f"--out {args.out} holds files that no run of this version wrote: "
                                  "name an empty or a new folder")
-            aside = next(p for i in count(1) if not os.path.lexists(p := Path(f"{out}-{i}")))
-            out.rename(aside)
-            print(f"--out {args.out}: an earlier run was there, now in {aside.name}")
+            numbered = next(p for i in count(1) if not os.path.lexists(p := Path(f"{out}-{i}")))
+            out.rename(numbered)
+            print(f"--out {args.out}: an earlier run was there, now in {numbered.name}")
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"--out {args.out} cannot be written to: {one_line(error)}") from None
@@ -881,15 +882,13 @@ def run(main):
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")            # a terminal that cannot print a file's name
     try:
-        main()
+        return main()
     except InputError as error:                         # a loader's worker sends its traceback, too
         message = str(error).rpartition("model.InputError: ")[2].strip()
     except torch.OutOfMemoryError:
         message = "out of GPU memory: try a lower --batch-size or --size"
     except OSError as error:
         message = one_line(error)
-    else:
-        return
     sys.exit(f"{Path(sys.argv[0]).name}: {message}")
 
 

@@ -35,8 +35,8 @@ def main(folder, target):
         row.setdefault("seconds", []).append(report["seconds"])
         row.setdefault("steps", []).append(report["training"]["steps"])
         if isinstance(report["after"], dict):                           # stage 2: "before" is the row it started from
-            start = Path(report["training"]["weights"])
-            start = extra.setdefault(start.parent.name if start.stem == "student" else "none", {})
+            start = report["arguments"]["student"]
+            start = extra.setdefault(Path(start).parent.name if start else "none", {})
             for key in ("cls_cosine", "patch_cosine", "relative_error"):
                 row.setdefault(key, []).append(report["after"][key])
                 start.setdefault(key, []).append(report["before"][key])

@@ -5,7 +5,7 @@ set -eu
 for seed in "$@"; do
   out=runs/demo/seed$seed
   python align_attention.py --seed $seed --out $out/one
-  python align_features.py --seed $seed --weights $out/one/student.safetensors --out $out/one-two
+  python align_features.py --seed $seed --student $out/one/student.safetensors --out $out/one-two
   python finetune.py --freeze --seed $seed --out $out/classify --weights demo/teacher.safetensors demo/teacher.safetensors:linear \
     $out/one/student.safetensors $out/one-two/student.safetensors
 done

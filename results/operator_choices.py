@@ -1,80 +1,83 @@
-"""What each choice in model.linear_attention is worth: python results/operator_choices.py
+"""What each speed trick of linear attention is worth in a whole ViT: python results/operator_choices.py
 
-Writes results/operator.csv: time of each variant over that of linear attention's two products alone, on q, k, v as the network
-lays them out, float32, in turns (bench.measure).
+Writes results/operator.csv: time of ViT-S/14's forward pass or training step with a variant, over that with the operator of
+model.py, in turns, medians of the ratios; float32, the plain process. With malloc settings, for results/operator-malloc.csv:
+    MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=17179869184 python results/operator_choices.py operator-malloc
 """
 import csv
-import os
-import platform
+import statistics
 import sys
-import types
+import time
 from functools import partial
-from itertools import product
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import bench
 import model
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")                         # the profiler complains of a missing GPU
-
-
-def textbook(q, k, v, phi=lambda x: F.elu(x) + 1):
-    """As it is mostly published: the output is divided, phi(q) and phi(k) are whole."""
-    q, k = phi(q), phi(k)
-    return q @ (k.mT @ v) / (q @ k.sum(-2).unsqueeze(-1))
+POINTS = ((224, 8, False), (518, 1, False), (1022, 1, False), (224, 8, True), (518, 2, True))
 
 
 def by_autograd(x):
-    """The same phi, its slope left to autograd."""
-    return x.clamp(max=0).exp() + x.relu()
+    return x.clamp(-30, 0).exp() + x.relu()
 
 
-def in_chunks(tokens):
-    """model.linear_attention with another CHUNK."""
-    operator = model.linear_attention
-    return types.FunctionType(operator.__code__, vars(model) | {"CHUNK": tokens}, argdefs=operator.__defaults__)
+def in_chunks(q, k, v, n=1024):
+    """Chunks of tokens stay in a CPU's cache; the output is laid out as the network reads it."""
+    kv, k_sum, out = 0, 0, []
+    for k_n, v_n in zip(k.split(n, dim=-2), v.split(n, dim=-2)):
+        k_n = model.elu_plus_one(k_n)
+        kv, k_sum = kv + k_n.mT @ v_n, k_sum + k_n.sum(-2, keepdim=True)
+    for q_n in q.split(n, dim=-2):
+        q_n = model.elu_plus_one(q_n)
+        out.append((q_n / (q_n * k_sum).sum(-1, keepdim=True) @ kv).transpose(1, 2))
+    return torch.cat(out, dim=1).transpose(1, 2)
 
 
-EAGER = {
+def textbook(q, k, v):
+    q, k = (torch.nn.functional.elu(x) + 1 for x in (q, k))
+    return q @ (k.mT @ v) / (q @ k.sum(-2).unsqueeze(-1))
+
+
+VARIANTS = {
     "as it is": model.linear_attention,
-    "textbook": textbook,
     "phi's slope by autograd": partial(model.linear_attention, phi=by_autograd),
-    "phi = ReLU (another operator)": model.ATTENTION["relu"],
-    "chunks of 256 tokens": in_chunks(256),
-    "chunks of 4,096 tokens": in_chunks(4096),
-    "one chunk": in_chunks(10 ** 9),
-}
-COMPILED = {                                  # in turns of their own
-    "as it is, compiled": torch.compile(model.linear_attention, dynamic=False),
-    "textbook, compiled": torch.compile(textbook, dynamic=False),
+    "chunks of 1,024 tokens, output laid out": in_chunks,
+    "textbook": textbook,
 }
 
 
-def main(points=((6, 4096), (16, 16384)), seconds=5):
+def main(target="operator", repeats=7):
     torch.manual_seed(0)
-    device = f"{bench.linux('cpuinfo', 'model name.*: (.*)', platform.machine())}, {torch.get_num_threads()} threads"
+    vit = model.ViT(model.KNOWN["vit_small_patch14_dinov2.lvd142m"], "linear")
+    device = f"{bench.linux('cpuinfo', 'model name.*: (.*)', 'CPU')}, {torch.get_num_threads()} threads"
     rows = []
-    for (heads, tokens), backward, variants in product(points, (False, True), (EAGER, COMPILED)):
-        torch._dynamo.reset()
-        q, k, v = bench.projected(1, heads, tokens, "cpu", torch.float32)
-        calls = {name: bench.forward_or_both(call, q, k, v, backward) for name, call in ({"products": bench.products} | variants).items()}
-        with torch.set_grad_enabled(backward):
-            measured = bench.measure(calls, {}, "cpu", seconds)
-        for name in variants:
-            row = measured[name]
-            rows.append({"variant": name, "heads": heads, "tokens": tokens, "pass": "forward+backward" if backward else "forward",
-                         "ratio": f"{row['median_ms'] / measured['products']['median_ms']:.2f}", "median_ms": f"{row['median_ms']:.2f}",
-                         "peak_mb": f"{row['peak_mb']:.1f}", "repeats": row["repeats"], "device": device, "torch": torch.__version__})
-            print(*rows[-1].values())
-    with open(Path(__file__).with_name("operator.csv"), "w", newline="") as file:
+    for pixels, batch, train in POINTS:
+        images, times = torch.randn(batch, 3, pixels, pixels), {name: [] for name in VARIANTS}
+        for _ in range(repeats + 2):
+            for name, function in VARIANTS.items():
+                for block in vit.blocks:
+                    block.attn.operator.function = function
+                start = time.perf_counter()
+                with torch.set_grad_enabled(train):
+                    tokens = vit(images)
+                if train:
+                    tokens.square().mean().backward()
+                    vit.zero_grad()
+                times[name].append(time.perf_counter() - start)
+        for name in VARIANTS:
+            ratio = statistics.median(a / b for a, b in zip(times[name][2:], times["as it is"][2:]))
+            rows.append({"variant": name, "pixels": pixels, "batch": batch, "pass": "training step" if train else "forward",
+                         "ratio": f"{ratio:.3f}", "median_ms": f"{1e3 * statistics.median(times[name][2:]):.0f}",
+                         "device": device, "torch": torch.__version__})
+            print(*rows[-1].values(), flush=True)
+    with open(Path(__file__).with_name(f"{target}.csv"), "w", newline="") as file:
         table = csv.DictWriter(file, rows[0])
         table.writeheader()
         table.writerows(rows)
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])

@@ -1,4 +1,4 @@
-"""README's efficiency tables, from the CSV files beside this one: python results/tables.py [device]"""
+"""README's and results/README.md's efficiency tables, from the CSV files beside this one: python results/tables.py [device]"""
 import csv
 import sys
 from pathlib import Path
@@ -60,11 +60,21 @@ def operator(device):
 
 
 def choices(device):
-    """Time of variants of the operator over that of its two products alone."""
-    value = {(row["variant"], row["heads"], row["tokens"], row["pass"]): times(row["ratio"]) for row in read("operator.csv")}
+    """Time of a ViT-S/14 with a variant of the operator over that with model.py's own."""
+    rows = read("operator.csv")
+    value = {(row["variant"], row["pass"], row["pixels"], row["batch"]): times(row["ratio"]) for row in rows}
     points = list(dict.fromkeys(key[1:] for key in value))
-    return table(["variant", *(f"{heads} heads, {int(tokens):,} tokens, {kind}" for heads, tokens, kind in points)],
-                 [[name, *(value[(name, *point)] for point in points)] for name in dict.fromkeys(key[0] for key in value)])
+    return table(["variant", *(f"{kind}, {pixels} px, batch {batch}" for kind, pixels, batch in points)],
+                 [[name, *(value[(name, *point)] for point in points)] for name in dict.fromkeys(row["variant"] for row in rows)])
+
+
+def short(device):
+    """README's: how many times fused softmax's images/s the linear ViT-S/14 has at batch 1."""
+    rows = [row for row in read(f"bench-{device}-model-{mode(device)}.csv")
+            if (row["model"], row["batch"], row["name"]) == ("vits14", "1", "linear") and row["ratio"]]
+    return table(["ViT-S/14, batch 1", *(f"{row['pixels']} px" for row in rows)],
+                 [["linear, images/s", *(f"{float(row['images_per_s']):.2f}" for row in rows)],
+                  ["of fused softmax's", *(f"{1 / float(row['ratio']):.2f}x" for row in rows)]])
 
 
 def training(device):
@@ -85,7 +95,7 @@ def against_timm(device):
                  [[*point, times(value[(*point, "ours")]), times(value[(*point, "ours, linear")])] for point in points])
 
 
-TABLES = (gains, memory, operator, choices, training, loading, against_timm)
+TABLES = (short, gains, memory, operator, choices, training, loading, against_timm)
 
 if __name__ == "__main__":
     for make in TABLES:

@@ -18,7 +18,7 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")                         # the pr
 NAME = bench.MODELS["vits14"]
 device = "cuda" if torch.cuda.is_available() else "cpu"
 theirs = timm.create_model(NAME, dynamic_img_size=True).eval().to(device)
-ours = ViT(KNOWN[NAME].arch).eval().to(device)
+ours = ViT(KNOWN[NAME]).eval().to(device)
 ours.load_state_dict(theirs.state_dict())
 vits = {"timm": theirs.forward_features, "ours": ours, "ours, linear": linearize(ours, "linear")}
 rows = []

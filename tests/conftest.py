@@ -163,7 +163,7 @@ class Mine(Operator):
 def mine(monkeypatch):
     """Operators of one's own: "mine", and "lower", linear attention with a start of its own."""
     monkeypatch.setitem(ATTENTION, "mine", Mine)
-    lower = partial(Operator, function=linear_attention, start=-2.5)
+    lower = partial(Operator, function=linear_attention, bias_shift=-2.5)
     monkeypatch.setitem(ATTENTION, "lower", lower)
 
 

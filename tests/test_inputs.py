@@ -1,4 +1,4 @@
-"""Nothing lost, nothing misread: what a run writes, and photos, masks and names of users."""
+"""No run overwrites anything; photos, masks and odd names are read right or refused."""
 import contextlib
 import os
 import random
