@@ -238,7 +238,7 @@ def test_an_operator_with_parameters_needs_a_class_and_a_line(monkeypatch, tmp_p
     again = load_vit(tmp_path / "a.safetensors")
     assert same(again, student) and torch.equal(again(images), student(images))
     monkeypatch.delitem(ATTENTION, "local")
-    assert "has local attention" in refusal(load_vit, tmp_path / "a.safetensors")
+    assert "attention 'local' is unknown" in refusal(load_vit, tmp_path / "a.safetensors")
 
 
 def test_hedgehog_starts_at_identity_and_an_unknown_operator_is_refused():

@@ -13,7 +13,7 @@ import align_features
 import bench
 import finetune
 import model
-from demo.shapes import Shapes
+from demo import shapes
 
 ROOT = Path(__file__).resolve().parent.parent
 STAGES = {"align_attention.py": align_attention, "align_features.py": align_features,
@@ -41,7 +41,7 @@ def commands():
 
 @pytest.mark.parametrize("command", sorted(set(commands())))
 def test_command_parses(command):
-    """argparse leaves with SystemExit, and a missing flag raises InputError: both fail this test."""
+    """argparse leaves with SystemExit, a missing flag raises InputError: both fail this test."""
     script, *words = command.split()
     if script == "model.py":
         assert not words                    # it only lists what it knows
@@ -67,8 +67,8 @@ def test_the_operator_of_the_page_goes_through_all_stages(tmp_path, monkeypatch)
     monkeypatch.setitem(model.ATTENTION, "conv", None)
     exec("\n".join(code[:-1]), {})
     monkeypatch.chdir(ROOT)
-    for stage in STAGES.values():           # a small demo
-        monkeypatch.setattr(stage, "Shapes", lambda part: [Shapes(part)[i] for i in range(64)])
+    for part in ("train", "val"):           # a small demo
+        monkeypatch.setitem(shapes.IMAGES, part, 1000)
     brief = ["--steps", "3", "--batch-size", "8"]
     teacher = model.load_vit("demo/teacher.safetensors")
     images = torch.rand(2, 3, 64, 48)
