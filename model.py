@@ -515,10 +515,9 @@ def clean(tensors, path):
         for old, new in RENAMED.items():
             name = name if ".operator." in name else name.replace(old, new)
         kept[name] = tensor
-    if prefixes[0]:
-        print(f"{path}: prefix '{prefixes[0]}' removed")
-    if left_out and not all(name.startswith("head.") for name in left_out):     # not our own heads
-        print(f"{path}: left out: {', '.join(left_out)}")
+    if prefixes[0] or not all(name.startswith("head.") for name in left_out):   # not our own heads
+        removed = f"prefix '{prefixes[0]}' removed, " if prefixes[0] else ""
+        print(f"{path}: {removed}left out: {', '.join(left_out) or 'nothing'}")
     if {"register_tokens", "pos_embed", "cls_token"} <= kept.keys():    # DINOv2's own: timm adds
         kept["reg_token"] = kept.pop("register_tokens")                 # CLS's position to CLS
         cls_position, kept["pos_embed"] = kept["pos_embed"].tensor_split([1], dim=1)
