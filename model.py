@@ -72,7 +72,7 @@ class EluPlusOne(torch.autograd.Function):
     queries and keys far below 0 attend to all alike, the mean of V, and never divide 0 by 0.
 
     Adding 1 to F.elu would round to 0 in bfloat16 below -6. The slope, min(phi, 1), is written out:
-    autograd's takes 12 % of a training step (CPU, results/README.md).
+    autograd's takes 8 to 12 % of a training step (CPU, results/README.md).
     """
 
     @staticmethod
