@@ -358,3 +358,11 @@ def test_a_head_is_kept_only_for_the_same_task_classes_and_ids(files, tuned, tmp
     for weights in ([teacher], [file, teacher], [file, "--from-scratch"], [tuned["segment"]]):
         assert "--steps 0" in refusal(tune, files, tmp_path / str(len(str(weights))), "classify",
                                       "--steps", 0, "--weights", *weights)
+
+
+def test_a_labelled_photo_that_is_gone_ends_the_run():
+    """Its neighbour would be trained on, or scored, twice."""
+    good = ("images", "labels"), ("", "")
+    assert list(finetune.labelled([good, good])) == [good[0]] * 2
+    gone = ("images", "labels"), ("", "a.jpg is not a readable image: gone")
+    assert "a.jpg" in refusal(list, finetune.labelled([good, gone]))
