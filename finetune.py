@@ -465,16 +465,14 @@ def main(argv=None):
                 parts.append(TensorDataset(*(torch.cat(tensors) for tensors in zip(*found))))
             draws = RandomSampler(parts[0], num_samples=max(1, args.steps * args.batch_size),
                                   generator=torch.Generator().manual_seed(args.seed))
-            order = draws if args.steps else []
-            orders = (BatchSampler(order, args.batch_size, drop_last=False)
-                      for order in (order, range(len(parts[1]))))
-            train, val = (DataLoader(part, batch_size=None, sampler=order)
+            orders = draws if args.steps else [], range(len(parts[1]))
+            train, val = (DataLoader(part, batch_size=None,
+                                     sampler=BatchSampler(order, args.batch_size, drop_last=False))
                           for part, order in zip(parts, orders))
         else:
             draws = range(args.steps * args.batch_size)
-            train, val = loader(Draws(source, read, crop, args.seed), sampler=draws), loader(
-                Draws(val_source, read, whole))
-            train, val = labelled(train), labelled(val)
+            train = labelled(loader(Draws(source, read, crop, args.seed), sampler=draws))
+            val = labelled(loader(Draws(val_source, read, whole)))
         head_lr = args.lr if args.from_scratch else HEAD_LR * args.lr
         groups = [dict(params=list(head.parameters()), lr=head_lr)]
         if not args.freeze:

@@ -413,8 +413,8 @@ MARK = "patch_embed.proj.weight"                        # every ViT has it, by t
 OTHERS = {"embeddings.patch_embed": "transformers", "encoder.layers.encoder_layer": "torchvision",
           "transformer.resblocks": "open_clip"}         # a part of a name -> who names tensors so
 OTHER_TASKS = ("head", "mask_token", "fc_norm", "attn_pool")            # no part of a backbone
-RENAMED = {"gamma_1": "ls1.gamma", "gamma_2": "ls2.gamma",              # timm's DINOv3; this code's
-           "attn.map_q.weight": "attn.operator.map_q",  # first version
+RENAMED = {"gamma_1": "ls1.gamma", "gamma_2": "ls2.gamma",              # timm's DINOv3
+           "attn.map_q.weight": "attn.operator.map_q",                  # this code's first version
            "attn.map_k.weight": "attn.operator.map_k"}
 
 
