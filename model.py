@@ -142,11 +142,35 @@ class Hedgehog(Operator):
         return linear_attention(q @ self.map_q.mT, k @ self.map_k.mT, v, phi)   # phi: D -> 2D
 
 
+class LinearConv(Operator):
+    """Linear attention, plus a depthwise convolution on V over the grid that starts at zero.
+
+    It gives each patch its neighbours (JetViT), which no sum over all keys can single out. CLS and
+    registers bypass it.
+    """
+
+    def __init__(self, arch):
+        super().__init__(arch, bias_shift=-4.0)
+        self.conv = nn.Conv2d(arch.width, arch.width, 5, padding=2, groups=arch.width, bias=False)
+        nn.init.zeros_(self.conv.weight)
+
+    def forward(self, q, k, v, grid):
+        _, H, N, D = v.shape
+        prefix = N - grid[0] * grid[1]
+        x = v[:, :, prefix:].transpose(1, 2).flatten(2)                     # (B,H,N,D) -> (B,N,C)
+        x = self.conv(x.mT.unflatten(2, grid))          # (B,C,rows,columns), in memory C is last
+        x = x.flatten(2).mT.unflatten(2, (H, D)).transpose(1, 2)            # -> (B,H,N,D)
+        return linear_attention(q, k, v) + F.pad(x, (0, 0, prefix, 0))
+
+
 ATTENTION = {                                           # name -> Operator, given an Architecture
     "softmax": partial(Operator, function=softmax_attention),
     "softmax_reference": partial(Operator, function=softmax_reference),
     "linear": partial(Operator, function=linear_attention, bias_shift=-4.0),
+    "linear_conv": LinearConv,
     "relu": partial(Operator, function=partial(linear_attention, phi=lambda x: x.clamp(min=1e-6))),
+    "relu2": partial(Operator, function=partial(
+        linear_attention, phi=lambda x: x.relu().square() + 1e-4)),
     "hedgehog": Hedgehog,
 }
 
