@@ -1,35 +1,35 @@
 """Stage 1 of ViT-AdaLA, attention alignment: each block learns to output what softmax does.
 
 The frozen softmax teacher carries the residual stream. In every block the student's attention sees
-exactly the teacher's normalised input, and its query, key and value weights (and its operator's own
-parameters) are tuned until its output matches the teacher's. No labels.
+exactly the teacher's normalised input; its query, key, value and output weights, and its operator's
+own parameters, are tuned until its output matches the teacher's. No labels.
 
     python align_attention.py                                   # the demo, a minute on a CPU
     python align_attention.py --teacher vit_small_patch14_dinov2 --data photos/ --size 224
     python align_attention.py --attention hedgehog --train operator --lr 1e-2       # LoLCATS
+    torchrun --nproc-per-node 8 align_attention.py ...          # --batch-size is of all together
 
-Reads the teacher's weights and images; writes to --out: student.safetensors,
-log.jsonl (the loss of every block at every step), report.json (the table printed at the end).
+Reads the teacher's weights and images; writes to --out: student.safetensors, log.jsonl (the loss of
+every block at every step), report.json (the table printed at the end), attention.png (where teacher
+and student look) and curves.png. Stopped by Ctrl-C or worse, the same command goes on.
 """
 import argparse
-import json
-import math
-import time
 from functools import partial
 
 import torch
 import torch.nn as nn
-from torch.utils.data import DataLoader, Subset
-from torchvision.transforms import v2
+import torch.nn.functional as F
+from torchvision.utils import save_image
 from tqdm import tqdm
 
+from align_features import compare, whitening
 from demo.shapes import Shapes
-from model import ATTENTION, BICUBIC, Draws, InputError, complete, device_and_dtype, load_pair
-from model import note_unread, open_out, read_image, run, save_vit, unlabelled, write_whole
+from model import ATTENTION, RANK, InputError, Progress, autocast, average, complete
+from model import device_and_dtype, fingerprint, load_pair, loaders, note_unread, open_out, run
+from model import run_flags, save_vit, unlabelled, widen, write_whole
 
 DEFAULTS = dict(steps=2000, batch_size=32)
 DEMO = dict(teacher="demo/teacher.safetensors", size=64, steps=100, batch_size=64)  # without --data
-HELD_OUT = 256          # images for the table: more do not change its second digit
 
 
 def parse(argv):
@@ -40,8 +40,9 @@ def parse(argv):
          f"(demo: {DEMO['teacher']})")
     flag("--student", help="one of this teacher to go on with (default: the teacher, swapped)")
     flag("--attention", choices=ATTENTION, help="the student's operator (default: linear)")
-    flag("--train", choices=GROUPS, nargs="+", default=["qkv", "operator"],
-         help="what is tuned (default: qkv, and the operator's own parameters)")
+    flag("--train", choices=GROUPS, nargs="+", default=["qkv", "operator", "proj"],
+         help="what is tuned: the paper's qkv, the operator's own parameters, the output projection "
+         "(default: all three)")
     flag("--data", nargs="+", help="folders of images, or torchvision sets (default: the demo's)")
     flag("--size", type=int, help="pixels, a multiple of the patch (default: the weights' native)")
     flag("--steps", type=int, help=f"(default: {DEFAULTS['steps']}, demo: {DEMO['steps']})")
@@ -49,13 +50,7 @@ def parse(argv):
          help=f"(default: {DEFAULTS['batch_size']}, demo: {DEMO['batch_size']})")
     flag("--lr", type=float, default=3e-3,
          help="peak learning rate (default: 3e-3; give 1e-2 with --train operator)")
-    flag("--out", default="runs/attention", help="folder to write (default: runs/attention)")
-    flag("--seed", type=int, default=0, help="of photos, crops and flips (default: 0)")
-    flag("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto",
-         help="of autocast (default: auto, half precision on a GPU, float32 on a CPU)")
-    flag("--workers", type=int, help="that load photos (default: up to 8 on a GPU, else 0)")
-    flag("--compile", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available(),
-         help="torch.compile (default: on a GPU)")
+    run_flags(flag, "runs/attention")
     args = complete(parser.parse_args(argv), DEFAULTS, DEMO)
     if args.teacher is None:
         raise InputError("--teacher is missing: with --data, name the softmax ViT to imitate")
@@ -66,12 +61,12 @@ def block_alignment(teacher, student, x, grid, dtype=torch.float32):
     """One block of stage 1 (Fig. 4, left): the same input for both, the teacher's output goes on.
 
     teacher, student: Block. x (B, N, C), the teacher's residual stream. -> (x after the teacher's
-    block, loss). The loss is the squared error after the output projection, divided by that of
-    uniform attention (the mean of V). 0: equals softmax. 1: no better than to ignore the query.
-    Paper: "squared error"; here: the ratio, because it gives all blocks equal weight.
+    block, error, scale): the squared error after the output projection, and that of uniform
+    attention (the mean of V). Their ratio is the loss. 0: equals softmax. 1: no better than to
+    ignore the query. Paper: "squared error"; here: the ratio gives all blocks equal weight.
     Autocast is entered in here, since a compiled backward runs under the autocast of its call.
     """
-    with torch.autocast(x.device.type, dtype, enabled=dtype != torch.float32):
+    with autocast(x.device.type, dtype):
         with torch.no_grad():
             h = teacher.norm1(x)
             q, k, v = teacher.attn.project(h)                               # each (B,H,N,D)
@@ -81,9 +76,9 @@ def block_alignment(teacher, student, x, grid, dtype=torch.float32):
             x = x + teacher.ls1(target)
             x = x + teacher.ls2(teacher.mlp(teacher.norm2(x)))
         output = student.attn(h, grid)                  # (B,N,C), the only trained forward pass
-    target = target.float()
-    error = (output.float() - target).square().sum()
-    return x, error / (blind.float() - target).square().sum().clamp(min=1e-12)      # a single token
+    target = widen(target)
+    scale = (widen(blind) - target).square().sum().clamp(min=1e-12)         # 0: a single token
+    return x, (widen(output) - target).square().sum(), scale
 
 
 GROUPS = {                                  # what --train takes: tensors of a block, by name
@@ -124,7 +119,7 @@ def exponential_start(student):
 @torch.no_grad()
 def embed(teacher, images, dtype):
     """uint8 images (B, 3, H, W) -> (tokens before the first block, grid)."""
-    with torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
+    with autocast(images.device.type, dtype):
         return teacher.embed(teacher.normalize(images))
 
 
@@ -132,13 +127,49 @@ def embed(teacher, images, dtype):
 def relative_error(teacher, student, batches, device, dtype, note=lambda _: None):
     """Held-out error of each block's attention output: root of the loss, so 1 is the mean of V."""
     losses = []
-    for images, messages in tqdm(batches, desc="held out", leave=False, delay=2):
+    for images, messages in tqdm(batches, "blocks", leave=False, delay=2, disable=RANK > 0):
         note(messages)                      # of photos that could not be read
         x, grid = embed(teacher, images.to(device), dtype)
         for theirs, ours in zip(teacher.blocks, student.blocks):
-            x, loss = block_alignment(theirs, ours, x, grid, dtype)
-            losses.append(loss)
+            x, error, scale = block_alignment(theirs, ours, x, grid, dtype)
+            losses.append(error / scale)
     return torch.stack(losses).view(-1, len(teacher.blocks)).mean(0).sqrt().tolist()
+
+
+def attention_maps(teacher, vits, images, queries):
+    """Where each of `vits` looks from patches `queries`, in a late block, on the teacher's stream.
+
+    -> (vits, queries, B, N), mean over heads. No map is ever formed: the weights of a query are the
+    gradient of its output with respect to V, so this is O(N) and holds for every operator.
+    """
+    maps, late = [], teacher.arch.depth * 3 // 4
+    with torch.no_grad():
+        x, grid = teacher.embed(teacher.normalize(images))
+        for block in teacher.blocks[:late]:
+            x = block(x, grid)
+    for vit in vits:
+        block = vit.blocks[late]
+        q, k, v = (part.detach() for part in block.attn.project(teacher.blocks[late].norm1(x)))
+        with torch.enable_grad():
+            out = block.attn.attend(q, k, v.requires_grad_(), grid)         # (B, prefix + N, C)
+            maps += [torch.autograd.grad(out[:, vit.arch.prefix + query].sum(), v,
+                                         retain_graph=True)[0].mean((1, 3)) for query in queries]
+    maps = torch.stack(maps)[:, :, teacher.arch.prefix:]    # (B,H,prefix+N,D) -> (B,prefix+N), each
+    return maps.unflatten(0, (len(vits), len(queries)))
+
+
+def draw_attention(maps, images, queries, grid, path):
+    """Columns: three queries (white) in each photo. Rows: photo, teacher, before, after."""
+    maps = maps.clamp(min=0).permute(2, 1, 0, 3).flatten(0, 1)              # (B * queries, vits, N)
+    maps = (maps / maps[:, :1].amax(-1, keepdim=True)).clamp(max=1).sqrt()  # one scale a column
+    maps = F.interpolate(maps.unflatten(2, grid), size=images.shape[2:])
+    photos = images.repeat_interleave(len(queries), 0) / 255
+    for photo, query in zip(photos, queries * len(images)):
+        row, column = (n * size // m for n, size, m in
+                       zip(divmod(query, grid[1]), images.shape[2:], grid))
+        photo[:, row:row + photo.shape[1] // grid[0], column:column + photo.shape[2] // grid[1]] = 1
+    rows = [photos, *(photos * 0.3 + 0.7 * part.unsqueeze(1) for part in maps.unbind(1))]
+    save_image(torch.cat(rows), path, nrow=len(photos))
 
 
 def main(argv=None):
@@ -149,79 +180,81 @@ def main(argv=None):
 
     teacher, student, digest = load_pair(args.teacher, args.student, args.attention)
     args.size = teacher.arch.pixels[0] if args.size is None else args.size
-    teacher.grid(args.size, args.size)
+    grid = teacher.grid(args.size, args.size)
     by_block = trained_parameters(student, args.train)
     parameters = sum(by_block, [])
     source, held_out = unlabelled(args.data) if args.data else (Shapes("train"), Shapes("val"))
-    out = open_out(args, [args.teacher, args.student, *(args.data or [])])
+    read = fingerprint([args.teacher, args.student], source, held_out)
+    out, saved = open_out(args, [args.teacher, args.student, *(args.data or [])], read)
+    if dtype == torch.float64:
+        teacher, student = teacher.double(), student.double()
     teacher, student = teacher.to(device).requires_grad_(False), student.to(device).train()
     trained, all_of_it = (sum(p.numel() for p in part) / 1e6
                           for part in (parameters, student.parameters()))
     print(f"{student.attention} attention, training {trained:.2f} M of {all_of_it:.2f} M parameters"
           f" on {len(source)} images of {args.size} pixels, {device}, {dtype}")
 
-    crop = v2.Compose([v2.RandomResizedCrop(args.size, (0.35, 1), **BICUBIC),
-                       v2.RandomHorizontalFlip()])
-    whole = v2.Compose([v2.Resize(args.size, **BICUBIC), v2.CenterCrop(args.size)])
-    crop, whole = (crop, whole) if args.data else (v2.Identity(), v2.Identity())
-    read = partial(read_image, short=args.size)
-    gpu = device == "cuda"
-    loader = partial(DataLoader, batch_size=args.batch_size, num_workers=args.workers,
-                     pin_memory=gpu)
-    draws = range(args.steps * args.batch_size)
-    train = loader(Draws(source, read, crop, args.seed), sampler=draws)
-    every = max(1, len(held_out) // HELD_OUT)
-    held_out = loader(Draws(Subset(held_out, range(0, len(held_out), every)), read, whole))
     optimizer = torch.optim.AdamW(parameters, args.lr, weight_decay=0)  # stay near the teacher's
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, args.lr, max(args.steps, 10) + 1, pct_start=0.1, cycle_momentum=False)
     align = torch.compile(block_alignment, fullgraph=True) if args.compile else block_alignment
+    train, held_out = loaders(args, source, held_out, saved["step"] if saved else 0)
+    few = next(iter(held_out))[0]           # a few held-out images, for curves and pictures
+    queries = [grid[0] * grid[1] * n // 8 + grid[1] * n // 8 for n in (2, 4, 6)]
+    maps = partial(attention_maps, teacher, images=few[:2].to(device), queries=queries)
 
-    unread = []
-    note = partial(note_unread, unread=unread, listed=len(source) + len(held_out.dataset))
-    before = relative_error(teacher, student, held_out, device, dtype, note)
-    if args.student is None:
-        exponential_start(student)
-    start, seconds = time.perf_counter(), 0.0
-    with open(out / "log.jsonl", "w") as log, tqdm(total=args.steps * args.batch_size, unit="img",
-                                                   mininterval=1) as bar:
-        for step, (images, messages) in enumerate(train, 1):
+    kept = saved["kept"] if saved else dict(unread=[])
+    note = partial(note_unread, unread=kept["unread"], listed=len(source) + len(held_out.dataset))
+    if not saved:
+        kept["before"] = relative_error(teacher, student, held_out, device, dtype, note)
+        kept["maps"] = maps([teacher, student])
+        if args.student is None:
+            exponential_start(student)
+    progress = Progress(args, out, saved, read, kept, student=student, optimizer=optimizer,
+                        schedule=schedule, scaler=scaler)
+    with progress:
+        for step, (images, messages) in enumerate(train, progress.step + 1):
             note(messages)
             x, grid = embed(teacher, images.to(device, non_blocking=True), dtype)
             losses = []
             for theirs, ours in zip(teacher.blocks, student.blocks):
-                x, loss = align(theirs, ours, x, grid, dtype)               # attention alignment
+                x, error, scale = align(theirs, ours, x, grid, dtype)       # attention alignment
+                loss = error / average([scale])[0]
                 scaler.scale(loss).backward()   # now: memory holds one block's activations
                 losses.append(loss.detach())
-            losses = torch.stack(losses).tolist()
-            if not math.isfinite(sum(losses)):
-                raise InputError(f"the blocks' losses are {losses} at step {step}: try a lower "
-                                 f"--lr than {args.lr}")
+            average(p.grad for p in parameters)
             scaler.unscale_(optimizer)
             for block in by_block:              # clipped apart: the blocks share nothing
                 nn.utils.clip_grad_norm_(block, 1.0)
             scaler.step(optimizer)
             scaler.update()
-            rate, loss = schedule.get_last_lr()[0], sum(losses) / len(losses)
+            row = dict(lr=schedule.get_last_lr()[0], blocks=torch.stack(average(losses)).tolist())
             schedule.step()
             optimizer.zero_grad()
-            seconds = time.perf_counter() - start
-            log.write(json.dumps({"step": step, "loss": loss, "lr": rate, "blocks": losses,
-                                  "seconds": round(seconds, 2)}) + "\n")
-            bar.update(len(images))
-            bar.set_postfix(loss=f"{loss:.4f}", lr=f"{rate:.1e}")
+            if step % args.every == 0:
+                blocks = relative_error(teacher, student, [(few, [])], device, dtype)
+                row["held_out"] = sum(blocks) / len(blocks)
+            progress.done(sum(row["blocks"]) / len(losses), **row)
 
     facts = dict(stage="attention", teacher=digest, training={
         key: getattr(args, key) for key in ("train", "size", "steps", "batch_size", "lr", "seed")})
     save_vit(student, out / "student.safetensors", **facts)
-    after = relative_error(teacher, student, held_out, device, dtype, note)
+    before, after = kept["before"], relative_error(teacher, student, held_out, device, dtype, note)
+    whiten = whitening(teacher, train.dataset, args.batch_size, device, dtype)
+    final = compare(teacher, student.eval(), held_out, whiten, device, dtype, note)
     print("\nheld-out relative error of the attention output (1 = mean of V)\nblock  before  after")
     for block, (old, new) in enumerate(zip(before, after)):
         print(f"{block:5d}  {old:6.3f}  {new:5.3f}")
     print(f" mean  {sum(before) / len(before):6.3f}  {sum(after) / len(after):5.3f}   "
-          f"{args.steps} steps in {seconds:.0f} s")
-    write_whole(out / "report.json", facts | dict(before=before, after=after, seconds=seconds,
-                                                  unread=unread, arguments=vars(args)))
+          f"{args.steps} steps in {progress.seconds:.0f} s\nheld-out final tokens:",
+          *(f"{key} {value:.3f}" for key, value in final.items() if value is not None))
+    write_whole(out / "report.json", facts | dict(
+        before=before, after=after, final=final, seconds=progress.seconds, unread=kept["unread"],
+        arguments=vars(args)))
+    if RANK == 0:
+        maps = torch.cat([kept["maps"].to(device), maps([student])])
+        draw_attention(maps.float(), few[:2].to(device), queries, grid, out / "attention.png")
+    progress.finish()
     print(f"wrote {out / 'student.safetensors'}")
 
 

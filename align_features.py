@@ -13,27 +13,26 @@ Reads teacher, student and images; writes to --out: student.safetensors, log.jso
 features.png (photo, teacher's and student's patch features as colours).
 """
 import argparse
-import json
 import math
-import time
 from functools import partial
+from itertools import islice
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.utils.data import DataLoader, Subset
-from torchvision.transforms import v2
+from torch.utils.data import DataLoader
 from torchvision.utils import save_image
 from tqdm import tqdm
 
 from demo.shapes import Shapes
-from model import ATTENTION, BICUBIC, Draws, InputError, complete, device_and_dtype, load_pair
-from model import note_unread, open_out, read_image, run, save_vit, unlabelled, write_whole
+from model import ATTENTION, RANK, InputError, Progress, autocast, average, complete
+from model import device_and_dtype, fingerprint, load_pair, loaders, note_unread, open_out, run
+from model import run_flags, save_vit, unlabelled, widen, write_whole
 
-DEFAULTS = dict(steps=5000, batch_size=32, lr=1e-4)
+DEFAULTS = dict(steps=5000, batch_size=32, lr=5e-5)
 DEMO = dict(teacher="demo/teacher.safetensors", size=64, steps=150, batch_size=64, lr=5e-4)
+CURVE = "whitened_error"                        # what --every logs of held-out images
 STAGE_1 = "runs/attention/student.safetensors"  # the demo's student, unless --attention is given
-HELD_OUT = 256          # images for the table: more do not change its second digit
 
 
 def parse(argv):
@@ -45,19 +44,14 @@ def parse(argv):
          f"(demo: {DEMO['teacher']})")
     flag("--student", help=f"stage 1's (default: the teacher, swapped; demo: {STAGE_1})")
     flag("--attention", choices=ATTENTION, help="operator without --student (default: linear)")
-    flag("--loss", choices=LOSS, default="mse", help="of final tokens (default: the paper's mse)")
+    flag("--loss", choices=LOSS, default="whitened",
+         help="of final tokens (default: whitened; the paper's: mse)")
     flag("--data", nargs="+", help="folders of images, or torchvision sets (default: the demo's)")
     flag("--size", type=int, help="pixels, a multiple of the patch (default: the weights' native)")
     flag("--steps", type=int, help=both("steps"))
     flag("--batch-size", type=int, help=both("batch_size"))
     flag("--lr", type=float, help=f"peak, the lower the better stage 1 was {both('lr')}")
-    flag("--out", default="runs/features", help="folder to write (default: runs/features)")
-    flag("--seed", type=int, default=0, help="of photos, crops and flips (default: 0)")
-    flag("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto",
-         help="of autocast (default: auto, half precision on a GPU, float32 on a CPU)")
-    flag("--workers", type=int, help="that load photos (default: up to 8 on a GPU, else 0)")
-    flag("--compile", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available(),
-         help="torch.compile (default: on a GPU)")
+    run_flags(flag, "runs/features")
     args = parser.parse_args(argv)
     from_stage_1 = {} if args.attention else dict(student=STAGE_1)
     args = complete(args, DEFAULTS, DEMO | from_stage_1)
@@ -66,18 +60,43 @@ def parse(argv):
     return args
 
 
-def mse(student, teacher):
+def mse(student, teacher, whiten):
     """Squared error of all final tokens alike. Paper: not said whether CLS counts; here: yes."""
     return F.mse_loss(student, teacher)
 
 
-def cosine(student, teacher):
+def cosine(student, teacher, whiten):
     """1 - cosine of each token + 0.1 smooth-L1 for its length, so long tokens do not outweigh."""
     alike = F.cosine_similarity(student, teacher, dim=-1).mean()
     return 1 - alike + 0.1 * F.smooth_l1_loss(student, teacher)
 
 
-LOSS = {"mse": mse, "cosine": cosine}
+def whitened(student, teacher, whiten):
+    """Squared error in which all directions of the teacher's tokens weigh alike.
+
+    One direction of DINOv2's tokens holds half of their variance, and with it of the other losses;
+    heads read the small ones.
+    """
+    return ((student - teacher) @ whiten).square().mean()
+
+
+LOSS = {"mse": mse, "cosine": cosine, "whitened": whitened}
+
+
+@torch.no_grad()
+def whitening(teacher, draws, batch_size, device, dtype, images=128):
+    """Covariance of the teacher's final tokens, CLS too, -> whiten (C, C), its -1/2th power.
+
+    Of the run's first draws. 0.03 of the mean eigenvalue is added: no direction becomes all noise.
+    """
+    tokens = []
+    batches = islice(DataLoader(draws, batch_size), math.ceil(images / batch_size))
+    for images, _ in tqdm(batches, "whitening", leave=False, delay=2, disable=RANK > 0):
+        with autocast(device, dtype):
+            tokens.append(widen(teacher(teacher.normalize(images.to(device)))).flatten(0, 1))
+    values, vectors = torch.linalg.eigh(torch.cat(tokens).double().T.cov())
+    whiten = (vectors * (values + 0.03 * values.mean()).rsqrt()) @ vectors.T
+    return whiten.to(tokens[0].dtype)
 
 
 def feature_alignment(teacher, student, images, loss, dtype=torch.float32):
@@ -86,31 +105,36 @@ def feature_alignment(teacher, student, images, loss, dtype=torch.float32):
     Autocast is entered in here, since a compiled backward runs under the autocast of its call.
     """
     images = teacher.normalize(images)
-    with torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
+    with autocast(images.device.type, dtype):
         with torch.no_grad():
             target = teacher(images)
         output = student(images)
-    return loss(output.float(), target.float())         # nothing in between is supervised
+    return loss(widen(output), widen(target))           # nothing in between is supervised
 
 
 @torch.no_grad()
-def compare(teacher, student, batches, dtype, device, note=lambda _: None):
-    """Held-out agreement of the final tokens: cosine of CLS (None without) and patches, error."""
-    prefix, cls, patches, error, energy = teacher.arch.prefix, [], [], 0.0, 0.0
-    for images, messages in tqdm(batches, desc="held out", leave=False, delay=2):
+def compare(teacher, student, batches, whiten, device, dtype, note=lambda _: None):
+    """Held-out agreement of the final tokens: cosine of CLS (None without) and patches, errors.
+
+    The errors are roots of squared error over that of the mean token, plain and whitened: 1 is no
+    better than a constant.
+    """
+    prefix, cls, patches = teacher.arch.prefix, [], []
+    sums = torch.zeros(2, 2, dtype=torch.float64, device=device)            # (plain, whitened), ...
+    for images, messages in tqdm(batches, "tokens", leave=False, delay=2, disable=RANK > 0):
         note(messages)                      # of photos that could not be read
         images = teacher.normalize(images.to(device))
-        with torch.autocast(device, dtype, enabled=dtype != torch.float32):
-            want, have = teacher(images).float(), student(images).float()
+        with autocast(device, dtype):
+            want, have = widen(teacher(images)), widen(student(images))
         alike = F.cosine_similarity(have, want, dim=-1)                     # (B, 1+R+N)
         cls.append(alike[:, 0].mean())
         patches.append(alike[:, prefix:].mean())
-        centre = want.mean((0, 1))          # the mean token has error 1: no constant looks good
-        error += (have - want).square().sum()
-        energy += (want - centre).square().sum()
+        for apart, total in zip((have - want, want - want.mean((0, 1))), sums.T):   # error, energy
+            total += torch.stack([x.square().sum() for x in (apart, apart @ whiten)])
+    plain, white = (sums[:, 0] / sums[:, 1].clamp(min=1e-12)).sqrt().tolist()
     return dict(cls_cosine=torch.stack(cls).mean().item() if teacher.arch.cls else None,
                 patch_cosine=torch.stack(patches).mean().item(),
-                relative_error=(error / energy.clamp(min=1e-12)).sqrt().item())
+                relative_error=plain, whitened_error=white)
 
 
 @torch.no_grad()
@@ -138,74 +162,70 @@ def main(argv=None):
     args.size = teacher.arch.pixels[0] if args.size is None else args.size
     teacher.grid(args.size, args.size)
     source, held_out = unlabelled(args.data) if args.data else (Shapes("train"), Shapes("val"))
-    out = open_out(args, [args.teacher, args.student, *(args.data or [])])
+    read = fingerprint([args.teacher, args.student], source, held_out)
+    out, saved = open_out(args, [args.teacher, args.student, *(args.data or [])], read)
+    if dtype == torch.float64:
+        teacher, student = teacher.double(), student.double()
     teacher, student = teacher.to(device).requires_grad_(False), student.to(device)
     print(f"{student.attention} attention, training all "
           f"{sum(p.numel() for p in student.parameters()) / 1e6:.2f} M parameters on "
           f"{len(source)} images of {args.size} pixels, {device}, {dtype}")
 
-    crop = v2.Compose([v2.RandomResizedCrop(args.size, (0.35, 1), **BICUBIC),
-                       v2.RandomHorizontalFlip()])
-    whole = v2.Compose([v2.Resize(args.size, **BICUBIC), v2.CenterCrop(args.size)])
-    crop, whole = (crop, whole) if args.data else (v2.Identity(), v2.Identity())
-    read = partial(read_image, short=args.size)
-    gpu = device == "cuda"
-    loader = partial(DataLoader, batch_size=args.batch_size, num_workers=args.workers,
-                     pin_memory=gpu)
-    draws = range(args.steps * args.batch_size)
-    train = loader(Draws(source, read, crop, args.seed), sampler=draws)
-    every = max(1, len(held_out) // HELD_OUT)
-    held_out = loader(Draws(Subset(held_out, range(0, len(held_out), every)), read, whole))
     optimizer = torch.optim.AdamW(student.parameters(), args.lr, weight_decay=0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, args.lr, max(args.steps, 10) + 1, pct_start=0.1, cycle_momentum=False)
     align = torch.compile(feature_alignment, fullgraph=True) if args.compile else feature_alignment
+    train, held_out = loaders(args, source, held_out, saved["step"] if saved else 0)
+    few = [(next(iter(held_out))[0], [])]   # one held-out batch, for the curve
 
-    unread = []
-    note = partial(note_unread, unread=unread, listed=len(source) + len(held_out.dataset))
-    before = compare(teacher, student.eval(), held_out, dtype, device, note)
+    kept = saved["kept"] if saved else dict(unread=[])
+    note = partial(note_unread, unread=kept["unread"], listed=len(source) + len(held_out.dataset))
+    if not saved:
+        kept["whiten"] = whitening(teacher, train.dataset, args.batch_size, device, dtype)
+        kept["before"] = compare(teacher, student.eval(), held_out, kept["whiten"], device, dtype,
+                                 note)
+    whiten = kept["whiten"].to(device)
+    loss_of = partial(LOSS[args.loss], whiten=whiten)
     student.train()
-    start, seconds = time.perf_counter(), 0.0
-    with open(out / "log.jsonl", "w") as log, tqdm(total=args.steps * args.batch_size, unit="img",
-                                                   mininterval=1) as bar:
-        for step, (images, messages) in enumerate(train, 1):
+    progress = Progress(args, out, saved, read, kept, student=student, optimizer=optimizer,
+                        schedule=schedule, scaler=scaler)
+    with progress:
+        for step, (images, messages) in enumerate(train, progress.step + 1):
             note(messages)
             images = images.to(device, non_blocking=True)
-            loss = align(teacher, student, images, LOSS[args.loss], dtype)  # feature alignment
-            value = loss.item()
-            if not math.isfinite(value):
-                raise InputError(f"the loss is {value} at step {step}: try a lower --lr than "
-                                 f"{args.lr}")
+            loss = align(teacher, student, images, loss_of, dtype)          # feature alignment
             scaler.scale(loss).backward()
+            average(p.grad for p in student.parameters())
             scaler.unscale_(optimizer)
             nn.utils.clip_grad_norm_(student.parameters(), 1.0)
             scaler.step(optimizer)
             scaler.update()
-            rate = schedule.get_last_lr()[0]
+            row = dict(lr=schedule.get_last_lr()[0])
             schedule.step()
             optimizer.zero_grad()
-            seconds = time.perf_counter() - start
-            log.write(json.dumps({"step": step, "loss": value, "lr": rate,
-                                  "seconds": round(seconds, 2)}) + "\n")
-            bar.update(len(images))
-            bar.set_postfix(loss=f"{value:.4f}", lr=f"{rate:.1e}")
+            if step % args.every == 0:
+                row["held_out"] = compare(teacher, student, few, whiten, device, dtype)[CURVE]
+            progress.done(average([loss.detach()])[0].item(), **row)
 
     facts = dict(stage=stage, teacher=digest, training={
         key: getattr(args, key) for key in ("loss", "size", "steps", "batch_size", "lr", "seed")})
     save_vit(student, out / "student.safetensors", **facts)
-    after = compare(teacher, student.eval(), held_out, dtype, device, note)
-    print(f"\nheld-out final tokens, student against teacher ({args.steps} steps, {seconds:.0f} s)"
-          f"\n{'':16s}before  after")
+    before = kept["before"]
+    after = compare(teacher, student.eval(), held_out, whiten, device, dtype, note)
+    print(f"\nheld-out final tokens, student against teacher ({args.steps} steps, "
+          f"{progress.seconds:.0f} s)\n{'':16s}before  after")
     for key, old in before.items():
         if old is not None:
             print(f"{key:16s}{old:6.3f}  {after[key]:5.3f}")
-    write_whole(out / "report.json", facts | dict(before=before, after=after, seconds=seconds,
-                                                  unread=unread, arguments=vars(args)))
+    write_whole(out / "report.json", facts | dict(
+        before=before, after=after, seconds=progress.seconds, unread=kept["unread"],
+        arguments=vars(args)))
     shown = held_out.dataset                # eight of them, from all over the set
     places = range(0, len(shown), math.ceil(len(shown) / 8))
     images = torch.stack([shown[i][0] for i in places])
-    if len(images) * (args.size // teacher.arch.patch) ** 2 > 3:        # patches: three axes need 4
-        picture(teacher, student, images.to(device), out / "features.png")
+    if RANK == 0 and len(images) * (args.size // teacher.arch.patch) ** 2 > 3:      # three axes
+        picture(teacher, student, images.to(device), out / "features.png")          # need 4 patches
+    progress.finish()
     print(f"wrote {out / 'student.safetensors'}")
 
 

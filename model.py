@@ -17,13 +17,16 @@ Glossary, the same letters in every file; the paper's symbol, where it has one, 
     R  register tokens                       phi  feature map of linear attention [phi]
     grid  (rows, columns) of patches         prefix  CLS and registers, which are not on the grid
 """
+import argparse
 import hashlib
 import io
 import json
 import math
 import os
 import re
+import signal
 import sys
+import time
 import zlib
 from collections import Counter
 from dataclasses import asdict, dataclass
@@ -35,14 +38,17 @@ from urllib.parse import urljoin
 from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageOps, UnidentifiedImageError
 from safetensors.torch import load, save
-from torch.utils.data import ConcatDataset, Dataset
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
 from torchvision import datasets
+from torchvision.transforms import v2
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2.functional import pil_to_tensor
+from tqdm import tqdm
 
 
 class InputError(Exception):
@@ -338,10 +344,10 @@ class ViT(nn.Module):
                 nn.init.zeros_(tensor)
 
     def normalize(self, images):
-        """uint8 images (B, 3, H, W) -> float32 as the weights expect them, on the same device."""
+        """uint8 images (B, 3, H, W) -> in the weights' dtype as they expect them, same device."""
         mean = torch.tensor(self.arch.mean, device=images.device).view(3, 1, 1)
         std = torch.tensor(self.arch.std, device=images.device).view(3, 1, 1)
-        return (images / 255 - mean) / std
+        return ((images / 255 - mean) / std).to(self.norm.weight.dtype)
 
     def positions(self, grid):
         """The position table for a grid: CLS's row (1, 0 or 1, C) and the patches' (1, N, C)."""
@@ -617,7 +623,9 @@ def load_pair(teacher, student=None, attention=None):
 
 def write_whole(path, content):
     """Write bytes, or anything else as JSON, so that the file appears whole or not at all."""
-    part = f"{Path(path).parent}/.{Path(path).name}.{os.getpid()}"
+    if RANK > 0:
+        return
+    part = f"{Path(path).parent}/.{Path(path).name}.part"
     try:
         if not isinstance(content, bytes):
             content = json.dumps(content, indent=1, allow_nan=False).encode()
@@ -838,7 +846,25 @@ def note_unread(messages, unread, listed):
 
 
 # --------------------------------------------------------------------------------------------------
-# Runs
+# Runs: flags, torchrun's processes, and the state from which a stopped run goes on
+
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))      # torchrun's
+
+
+def run_flags(flag, out):
+    """The flags that say nothing of the method, the same in all stages."""
+    flag("--workers", type=int, help="that load photos (default: up to 8 on a GPU, else 0)")
+    flag("--dtype", choices=("auto", "float64", "float32", "bfloat16", "float16"), default="auto",
+         help="of autocast (default: auto, bfloat16 where the machine has it, float16 on older "
+         "GPUs, else float32); float64 is of everything")
+    flag("--compile", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available(),
+         help="torch.compile (default: on a GPU)")
+    flag("--seed", type=int, default=0, help="of photos, crops, flips and heads (default: 0)")
+    flag("--out", default=out, help=f"folder to write (default: {out})")
+    flag("--every", type=int, help="steps between held-out scores (default: ten times a run)")
+    flag("--save-every", type=float, default=120, help="seconds between states from which the same "
+         "command goes on (default: 120, the first after 30)")
+
 
 def complete(args, defaults, demo):
     """Fill in flags that were not given: by `defaults`; without --data by `demo`, and say so."""
@@ -847,32 +873,100 @@ def complete(args, defaults, demo):
             setattr(args, key, value)
     if args.workers is None:
         args.workers = min(8, os.cpu_count() or 1) if torch.cuda.is_available() else 0
+    if args.every is None:
+        args.every = max(1, args.steps // 10)
     if args.data is None and demo != defaults:
         print("demo:", *(f"--{key.replace('_', '-')} {getattr(args, key)}" for key in demo))
         if args.size != demo["size"]:
             raise InputError(f"--size {args.size}: the demo's images have {demo['size']} pixels, "
                              "--data names your own")
-    if args.steps < 0 or args.batch_size < 1 or args.workers < 0 or not 0 < args.lr < math.inf:
+    if (min(args.steps, args.workers, args.save_every) < 0 or min(args.batch_size, args.every) < 1
+            or not 0 < args.lr < math.inf):
         raise InputError(f"--steps {args.steps} --batch-size {args.batch_size} --lr {args.lr} "
-                         f"--workers {args.workers}: expected --batch-size and --lr above 0, the "
+                         f"--workers {args.workers} --every {args.every} --save-every "
+                         f"{args.save_every}: expected --batch-size, --every and --lr above 0, the "
                          "others 0 or more")
+    if args.batch_size % WORLD:
+        raise InputError(f"--batch-size {args.batch_size} is of all {WORLD} processes: expected a "
+                         "multiple of their number")
     return args
 
 
 def device_and_dtype(name):
-    """CUDA where there is one; autocast's dtype, auto: bfloat16 or float16, on the CPU float32."""
+    """-> (CUDA where there is one, dtype of autocast); joins torchrun's processes, if there are."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    if WORLD > 1 and not dist.is_initialized():
+        if device == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl" if device == "cuda" else "gloo")
+        if RANK > 0:
+            sys.stdout = open(os.devnull, "w")
     if name == "auto" and device == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
         name = "bfloat16" if native else "float16"
-    return device, torch.float32 if name == "auto" else getattr(torch, name)
+    elif name == "auto":
+        name = "bfloat16" if torch.cpu._is_avx512_bf16_supported() else "float32"
+    return device, getattr(torch, name)
 
 
-def open_out(args, inputs):
-    """Make the folder --out, after all checks and before training. Nothing in it is ever replaced.
+def autocast(device, dtype):
+    """torch.autocast for half precision; in float32 and float64 everything stays as it is."""
+    return torch.autocast(device, dtype, enabled=dtype in (torch.bfloat16, torch.float16))
 
-    One that is, holds or lies in any of `inputs`, which this run reads, is refused, and so is one
-    that no run of ours wrote; what an earlier run wrote moves to OUT-1, OUT-2, ...
+
+def widen(tensor):
+    """To float32, in which losses are summed; float64 stays."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+@torch.no_grad()
+def average(tensors):
+    """Put the mean over torchrun's processes in place of each tensor; -> the tensors."""
+    tensors = [tensor for tensor in tensors if tensor is not None]
+    if WORLD > 1:
+        flat = torch.cat([tensor.flatten() for tensor in tensors])
+        dist.all_reduce(flat)
+        sizes = [tensor.numel() for tensor in tensors]
+        for tensor, mean in zip(tensors, (flat / WORLD).split(sizes)):
+            tensor.copy_(mean.view_as(tensor))
+    return tensors
+
+
+def loaders(args, source, held_out, first, most=256):
+    """Stages 1 and 2: -> (batches of the draws after step `first`, held-out batches in order).
+
+    Of held-out photos `most` at the most: more do not change the second digit of a table.
+    """
+    crop = v2.Compose([v2.RandomResizedCrop(args.size, (0.35, 1), **BICUBIC),
+                       v2.RandomHorizontalFlip()])
+    whole = v2.Compose([v2.Resize(args.size, **BICUBIC), v2.CenterCrop(args.size)])
+    crop, whole = (crop, whole) if args.data else (v2.Identity(), v2.Identity())
+    read = partial(read_image, short=args.size)
+    loader = partial(DataLoader, num_workers=args.workers, pin_memory=torch.cuda.is_available(),
+                     worker_init_fn=leave_signals)
+    draws = range(first * args.batch_size + RANK, args.steps * args.batch_size, WORLD)
+    train = loader(Draws(source, read, crop, args.seed), args.batch_size // WORLD, sampler=draws)
+    few = Subset(held_out, range(0, len(held_out), max(1, len(held_out) // most)))
+    return train, loader(Draws(few, read, whole), args.batch_size)
+
+
+def fingerprint(weights, *sources):
+    """sha256 of weight files and of the names that datasets list: what a saved state belongs to."""
+    parts = [part for source in sources for part in getattr(source, "datasets", [source])]
+    names = [part if isinstance(part, list) else [type(part).__name__, len(part)] for part in parts]
+    digest = hashlib.sha256(repr(names).encode())
+    for spec in filter(None, weights):
+        digest.update(weights_file(spec)[0].read_bytes())
+    return digest.hexdigest()
+
+
+def open_out(args, inputs, read=""):
+    """Make the folder --out, or find the state of a stopped run in it: -> (folder, state or None).
+
+    After all checks and before training. Nothing in it is ever replaced: one that is, holds or lies
+    in any of `inputs`, which this run reads, is refused, and so is one that no run of ours wrote;
+    an earlier run moves to OUT-1, OUT-2, ..., unless it was stopped and had the same arguments.
+    read: fingerprint of what is read; a state is refused if that has changed since.
     """
     out = Path(os.path.realpath(args.out))
     for given in map(str, filter(None, inputs)):
@@ -884,35 +978,163 @@ def open_out(args, inputs):
                 if out == real or out in real.parents or real in out.parents:
                     raise InputError(f"--out {args.out} is, holds or lies in {given}, which is "
                                      "read: name another folder")
+    state, mark = out / "state.pt", out / "run.json"
+    settings = json.loads(json.dumps({"script": Path(sys.argv[0]).name, **vars(args)}))
     try:
-        if out.is_dir() and any(out.iterdir()):
-            mark = out / "run.json"
+        if RANK == 0 and out.is_dir() and any(out.iterdir()):
             if not mark.is_file() or b'"script"' not in mark.read_bytes():
                 raise InputError(f"--out {args.out} holds files that no run of this version wrote: "
                                  "name an empty or a new folder")
-            numbered = next(p for i in count(1) if not os.path.lexists(p := Path(f"{out}-{i}")))
-            out.rename(numbered)
-            print(f"--out {args.out}: an earlier run was there, now in {numbered.name}")
+            if not state.is_file() or json.loads(mark.read_bytes()) != settings:
+                aside = next(p for i in count(1) if not os.path.lexists(p := Path(f"{out}-{i}")))
+                out.rename(aside)
+                print(f"--out {args.out}: an earlier run was there, now in {aside.name}")
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"--out {args.out} cannot be written to: {one_line(error)}") from None
-    write_whole(out / "run.json", {"script": Path(sys.argv[0]).name, **vars(args)})
-    return Path(args.out) if os.path.realpath(args.out) == str(out) else out    # "." has moved
+    if WORLD > 1:
+        dist.barrier()                                  # the folder is as rank 0 leaves it
+    if state.is_file():
+        saved = torch.load(state, map_location="cpu", weights_only=True)
+        if saved["read"] != read:
+            raise InputError(f"--out {args.out} holds a stopped run, and a weight file or the "
+                             "photos that it read have changed: put them back, or name another "
+                             "--out")
+        print(f"--out {args.out}: goes on from step {saved['step']} of {args.steps}")
+    else:
+        saved = None
+        write_whole(mark, settings)
+    return Path(args.out) if os.path.realpath(args.out) == str(out) else out, saved   # "." moved
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal ended the run: its number, and what is left to say."""
+
+
+def interrupt(number, _):
+    """Outside the loop over steps: end at once, without a traceback."""
+    signal.signal(number, signal.SIG_DFL)
+    raise Stopped(number, "the same command goes on from the last state, if there is one")
+
+
+def leave_signals(_):
+    """A loader's worker: Ctrl-C reaches it too, and what ends it is the main process."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
+class Progress:
+    """A run on its way: log.jsonl, the bar, and OUT/state.pt, from which the same command goes on.
+
+    saved: what open_out found. kept: plain values that the end of the run needs. parts: what a step
+    changes, each with a state_dict. Used with `with`, around the loop over steps.
+    """
+
+    def __init__(self, args, out, saved, read, kept, **parts):
+        self.args, self.out, self.read, self.kept, self.parts = args, out, read, kept, parts
+        self.step, self.seconds, self.signal = 0, 0.0, 0
+        self.log = io.BytesIO() if RANK else open(out / "log.jsonl", "ab")
+        if saved:
+            for name, part in parts.items():
+                part.load_state_dict(saved["parts"][name])
+            self.step, self.seconds = saved["step"], saved["seconds"]
+            self.log.truncate(saved["logged"])          # later lines are of steps done again
+
+    def __enter__(self):
+        self.start = time.perf_counter() - self.seconds
+        self.due = time.perf_counter() + min(30, self.args.save_every)
+        size, total = self.args.batch_size, self.args.steps
+        self.bar = tqdm(total=total * size, initial=self.step * size, unit="img", mininterval=1,
+                        disable=RANK > 0)
+        self.before = {number: signal.signal(number, self.stop)
+                       for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def stop(self, number, _):
+        """The step is finished first. A second signal ends at once, but torchrun sends two."""
+        self.signal = number
+        signal.signal(number, signal.SIG_IGN if WORLD > 1 else signal.SIG_DFL)
+
+    def done(self, loss, **row):
+        """After each step: a line in the log, the bar, the state when it is due; may end the run."""
+        self.step, self.seconds = self.step + 1, time.perf_counter() - self.start
+        if not math.isfinite(loss):
+            raise InputError(f"the loss is {loss} at step {self.step}: try a lower --lr than "
+                             f"{self.args.lr}; no state is saved after step {self.step - 1}")
+        row = dict(step=self.step, loss=loss, **row, seconds=round(self.seconds, 2))
+        self.log.write(json.dumps(row).encode() + b"\n")
+        self.bar.update(self.args.batch_size)
+        self.bar.set_postfix(loss=f"{loss:.4f}")
+        stop = torch.tensor(self.signal, dtype=torch.float32,
+                            device="cuda" if torch.cuda.is_available() else "cpu")
+        average([stop])                                 # all processes stop after the same step
+        if stop or time.perf_counter() > self.due:
+            self.save()
+        if stop:
+            raise Stopped(self.signal or signal.SIGTERM, f"step {self.step}, {self.out / 'state.pt'}"
+                          ": the same command goes on from here")
+
+    def save(self):
+        self.log.flush()
+        self.due = time.perf_counter() + self.args.save_every
+        if RANK == 0:
+            content = io.BytesIO()
+            torch.save(dict(read=self.read, step=self.step, seconds=self.seconds, kept=self.kept,
+                            parts={name: part.state_dict() for name, part in self.parts.items()},
+                            logged=self.log.tell()), content)
+            write_whole(self.out / "state.pt", content.getvalue())
+
+    def __exit__(self, kind, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+        self.bar.close()
+        if kind is None:
+            self.save()                                 # what follows, scoring, may be stopped, too
+        elif kind is Stopped and WORLD > 1:
+            dist.barrier()                              # none ends before the state is written
+        self.log.close()
+
+    def finish(self):
+        """The run is over and its files are written: no state is needed. Draws the log's curves."""
+        (self.out / "state.pt").unlink(missing_ok=True)
+        try:
+            from matplotlib.figure import Figure
+        except ModuleNotFoundError:
+            return
+        rows = [json.loads(line) for line in open(self.out / "log.jsonl")] if RANK == 0 else []
+        figure = Figure(figsize=(8, 4), layout="constrained")
+        axes = figure.subplots(1, 2)
+        for key, axis in zip(("loss", "held_out"), axes):
+            for name in dict.fromkeys(row.get("weights") for row in rows):
+                curve = [(row["step"], row[key]) for row in rows
+                         if key in row and row.get("weights") == name]
+                axis.plot(*zip(*curve), label=name, linewidth=1)
+            axis.set(xlabel="step", title=key.replace("_", " "))
+        if rows:
+            figure.savefig(self.out / "curves.png", dpi=100)
 
 
 def run(main):
     """A script's main(), with what a user can mend as one line on stderr instead of a traceback."""
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")            # a terminal that cannot print a file's name
+    for number in (signal.SIGINT, signal.SIGTERM):      # a parent process may have them ignored
+        signal.signal(number, interrupt)
+    script, code = Path(sys.argv[0]).name, 1
     try:
-        return main()
+        main()
+        return dist.destroy_process_group() if dist.is_initialized() else None
     except InputError as error:                         # a loader's worker sends its traceback, too
         message = str(error).rpartition("model.InputError: ")[2].strip()
     except torch.OutOfMemoryError:
         message = "out of GPU memory: try a lower --batch-size or --size"
     except OSError as error:
         message = one_line(error)
-    sys.exit(f"{Path(sys.argv[0]).name}: {message}")
+    except Stopped as stop:
+        number, left = stop.args
+        message, code = f"stopped by {signal.Signals(number).name}: {left}", 128 + number
+    print(f"{script}: {message}", file=sys.stderr)
+    sys.exit(code)
 
 
 if __name__ == "__main__":
