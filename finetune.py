@@ -3,17 +3,19 @@
     python finetune.py                                      # the demo: the ablation in one table
     python finetune.py --task classify --data photos/ --weights runs/features/student.safetensors
     python finetune.py --task segment --data voc/ --freeze --weights NAME NAME:linear FILE
-    python finetune.py --weights runs/finetune/0-segment.safetensors --predict photos/
+    python finetune.py --weights runs/finetune/0-segment.safetensors --predict photos/ --size 672
 
 --weights takes one file or several, and trains each in the same way. FILE:linear is FILE with its
-attention swapped and nothing aligned. --freeze leaves the backbone as it is: its features are
-computed once, and only the head is trained. --from-scratch keeps nothing of a file but its
-architecture, the paper's other paradigm (Fig. 1). Given a checkpoint of this script with the same
-task and classes, training goes on with its head; --steps 0 scores it without training.
+attention swapped and nothing aligned. --freeze trains only the head, on features computed once.
+--from-scratch keeps nothing of a file but its architecture, the paper's other paradigm (Fig. 1).
+Given a checkpoint of this script, training goes on with its head; --steps 0 scores it as it is.
 
-Data: train/CLASS/ and val/CLASS/ (classify); train/images, train/masks and val/... (segment: masks
-are PNGs of the same name, an id a pixel; classes.txt names id 0, 1, ... a line each). Writes to
---out: a checkpoint for each of --weights, metrics.json, log.jsonl and, to segment, segment.png.
+Classify: train/CLASS/ and val/CLASS/, the middle square of a photo. Segment: a folder that one of
+LAYOUTS fits, an id a pixel in masks, classes.txt with names of id 0, 1, ... a line each. Photos
+keep their shape: the shorter side becomes --size, each side the nearest multiple of the patch; the
+score counts the masks' own pixels. A tuned backbone sees crops at 0.5 to 2 times that scale.
+Writes to --out: a checkpoint for each of --weights, metrics.json, log.jsonl; to segment
+segment.png; with --predict a mask of each photo's own size, and the photo with it laid over.
 """
 import argparse
 import json
@@ -25,31 +27,33 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image
-from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
+from PIL import Image, ImageDraw, ImageFont
+from torch.utils.data import DataLoader
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.utils import save_image
 from tqdm import tqdm
 
 from demo.shapes import Shapes
-from model import ATTENTION, BICUBIC, KNOWN, SETS, Draws, InputError, ViT, complete, decode
+from model import ATTENTION, BICUBIC, KNOWN, SETS, Block, Draws, InputError, ViT, complete, decode
 from model import device_and_dtype, find_images, linearize, load_vit, open_out, open_set, read_image
-from model import read_weights, run, save_vit, say_left_out, weights_file, write_whole
+from model import read_weights, run, save_vit, say_left_out, walk, weights_file, write_whole
 
 DEFAULTS = dict(steps=2000, batch_size=32)
 DEMO = dict(size=64, steps=300, batch_size=64)              # without --data
+PREDICT = dict(steps=0, batch_size=1)                       # photos may be large
 ABLATION = ["demo/teacher.safetensors", "demo/teacher.safetensors:linear",
             "runs/attention/student.safetensors", "runs/features/student.safetensors"]
 IGNORE = 255                                # in our masks: neither in the loss nor in the score
 HEAD_LR = 10                                # the head learns this much faster than the backbone
+POINTS = 4                                  # of a mask, a patch and side, in a frozen one's loss
 
 
 def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     flag = parser.add_argument
-    flag("--task", choices=("classify", "segment"), default="classify", help="(default: classify)")
+    flag("--task", choices=("classify", "segment"), help="(default: classify)")
     flag("--weights", nargs="+", help="files, known names or NAME=FILE, each may end in :OPERATOR "
          "(demo: teacher, teacher:linear and the students of stages 1 and 2, frozen)")
     flag("--freeze", action="store_true", help="train only the head")
@@ -57,29 +61,38 @@ def parse(argv):
     flag("--predict", metavar="PHOTOS", nargs="+",
          help="label these photos or folders with the one checkpoint in --weights, train nothing")
     flag("--data", help="a folder (see above), or a torchvision set (default: the demo's)")
-    flag("--ignore", type=int, default=IGNORE, help="id in masks that counts nowhere, -1 for none "
-         f"(default: {IGNORE})")
+    flag("--head", choices=HEADS, help="to segment: a linear layer, or Segmenter's decoder "
+         "(default: a checkpoint's own, else linear)")
+    flag("--ignore", type=int, nargs="+", help="ids in masks that count nowhere, -1 for none "
+         f"(default: {IGNORE} and the layout's)")
     flag("--size", type=int, help="pixels, a multiple of the patch (default: a checkpoint's own, "
          "else the weights' native)")
-    flag("--steps", type=int, help=f"0 only scores (default: {DEFAULTS['steps']}, demo: "
-         f"{DEMO['steps']})")
-    flag("--batch-size", type=int,
-         help=f"(default: {DEFAULTS['batch_size']}, demo: {DEMO['batch_size']})")
-    flag("--lr", type=float, default=1e-4, help=f"peak, {HEAD_LR} times that for the head "
-         "(default: 1e-4)")
+    flag("--steps", type=int,
+         help=f"0 only scores (default: {DEFAULTS['steps']}, demo: {DEMO['steps']})")
+    flag("--batch-size", type=int, help=f"(default: {DEFAULTS['batch_size']}, demo: "
+         f"{DEMO['batch_size']}, with --predict {PREDICT['batch_size']})")
+    flag("--lr", type=float, default=1e-4,
+         help=f"peak, {HEAD_LR} times that for the head (default: 1e-4)")
     flag("--out", help="folder to write (default: runs/finetune, with --predict runs/predict)")
     flag("--seed", type=int, default=0, help="of head, photos, crops and flips (default: 0)")
-    flag("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto",
-         help="of autocast (default: auto, half precision on a GPU, float32 on a CPU)")
+    flag("--dtype", choices=("auto", "float32", "bfloat16", "float16", "float64"), default="auto",
+         help="of autocast; float64: of everything (default: auto, half on a GPU, else float32)")
     flag("--workers", type=int, help="that load photos (default: up to 8 on a GPU, else 0)")
     flag("--compile", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available(),
          help="torch.compile (default: on a GPU)")
     args = parser.parse_args(argv)
     args.out = args.out or ("runs/predict" if args.predict else "runs/finetune")
+    for name in ("task", "data", "steps", "head", "ignore", "freeze", "from_scratch"):
+        if args.predict and getattr(args, name) is not parser.get_default(name):
+            raise InputError(f"--{name.replace('_', '-')} means nothing with --predict: it trains "
+                             "and scores nothing; task, classes and head are the checkpoint's")
+    args.task = args.task or "classify"
+    if args.head and args.task == "classify":
+        raise InputError(f"--head {args.head} is for --task segment")
     if args.weights is None and args.data is None and not args.predict:
         args.weights, args.freeze = ABLATION, not args.from_scratch
         print("demo:", "--freeze" * args.freeze, "--weights", *args.weights)
-    args = complete(args, DEFAULTS, DEFAULTS if args.predict else DEMO)
+    args = complete(args, *([PREDICT] * 2 if args.predict else [DEFAULTS, DEMO]))
     if args.weights is None or args.predict and len(args.weights) != 1:
         raise InputError("--weights: expected files to fine-tune, or one checkpoint to --predict "
                          f"with, found {args.weights}")
@@ -91,6 +104,25 @@ def parse(argv):
 
 # --------------------------------------------------------------------------------------------------
 # Data: lists of (image, label or mask), each a path, a PIL image or a drawn tensor
+
+# {} is train or val, or the two of `parts`; ends: what photos' and masks' names have after the name
+# they share; listed: a file of photos' names; ignore: ids that count nowhere; names: of id 0, 1 ...
+LAYOUTS = {
+    "images/masks": dict(photos="{}/images", masks="{}/masks"),
+    "VOC": dict(
+        photos="JPEGImages", masks="SegmentationClass", listed="ImageSets/Segmentation/{}.txt",
+        names="background, aeroplane, bicycle, bird, boat, bottle, bus, car, cat, chair, cow, "
+        "dining table, dog, horse, motorbike, person, potted plant, sheep, sofa, train, tv"),
+    "CamVid": dict(photos="{}", masks="{}annot", ignore=[11], names="sky, building, pole, road, "
+                   "pavement, tree, sign, fence, car, pedestrian, bicyclist, void"),
+    "Cityscapes": dict(
+        photos="leftImg8bit/{}", masks="gtFine/{}", ends=("_leftImg8bit", "_gtFine_labelTrainIds"),
+        names="road, sidewalk, building, wall, fence, pole, traffic light, traffic sign, "
+        "vegetation, terrain, sky, person, rider, car, truck, bus, train, motorcycle, bicycle"),
+    "ADE20K": dict(photos="images/{}", masks="annotations/{}", parts=("training", "validation"),
+                   ignore=[0]),                         # names: its own objectInfo150.txt
+}
+
 
 def read_mask(source):
     """Path, PIL image or drawn mask -> ids as the file stores them, uint8 (H, W).
@@ -124,18 +156,48 @@ def read_item(item, task, lookup=None, short=None):
     return read_image(item), tv_tensors.Mask(lookup[read_mask(item[-1]).long()])
 
 
-def pairs(folder):
-    """folder/images and folder/masks -> [(photo, mask), ...]."""
-    images, masks, found = Path(folder, "images"), Path(folder, "masks"), {}
-    if not images.is_dir() or not masks.is_dir():
-        raise InputError(f"{folder} is not laid out for --task segment: expected the folders "
-                         "images and masks in it")
-    for photo in find_images(images):
-        mask = masks / Path(photo).relative_to(images).with_suffix(".png")
+def pairs(data, part, photos, masks, ends=("", ""), listed=None, **_):
+    """A part of a folder that a row of LAYOUTS fits -> [(photo, mask), ...], none opened."""
+    top, below, found = Path(data, photos.format(part)), Path(data, masks.format(part)), {}
+    wanted = {Path(mask) for mask in walk(below) if mask.endswith(f"{ends[1]}.png")}
+    if listed:
+        listed = {*Path(data, listed.format(part)).read_text().split()}
+        wanted &= {below / f"{name}.png" for name in listed}
+    for photo in find_images(top):
+        name = str(Path(photo).relative_to(top).with_suffix(""))
+        mask = below / f"{name.removesuffix(ends[0])}{ends[1]}.png"
         if mask in found:
             raise InputError(f"{found[mask]} and {photo} have the same mask, {mask}: rename one")
-        found[mask] = photo
-    return [(photo, mask) for mask, photo in found.items()]
+        if not listed or name in listed:
+            found[mask] = photo
+    both = [(photo, mask) for mask, photo in found.items() if mask in wanted]
+    if not both:
+        raise InputError(f"no photo in {top} has its mask in {below}: {mask} is expected, e.g.")
+    if len(both) < max(len(found), len(wanted)):
+        print(f"{top}: left out {len(found) - len(both)} photos without a mask, "
+              f"{len(wanted) - len(both)} masks without a photo")
+    return both
+
+
+def by_layout(data):
+    """-> training pairs, held-out pairs, class names of id 0, 1, ..., ids to ignore."""
+    fits = [name for name, row in LAYOUTS.items() for parts in [row.get("parts", ("train", "val"))]
+            if all(Path(data, row[key].format(part)).is_dir() for key in ("photos", "masks")
+                   for part in parts)]
+    if not fits:
+        known = "; ".join(f"{row['photos']} and {row['masks']}" for row in LAYOUTS.values())
+        raise InputError(f"{data} is not laid out for --task segment, expected folders: {known}")
+    row, names = LAYOUTS[fits[0]], []
+    print(f"{data}: read as {fits[0]}", f"though it could be {fits[1:]}" * (len(fits) > 1))
+    for file in (Path(data, name) for name in ("classes.txt", "objectInfo150.txt")):
+        if file.is_file():
+            try:
+                lines = file.read_text(encoding="utf-8-sig").splitlines()
+            except ValueError as error:
+                raise InputError(f"{file} is no UTF-8 text: {error}") from None
+            names = names or [line.split("\t")[-1].strip() for line in lines]
+    names = names or row["names"].split(", ") if "names" in row else names
+    return *(pairs(data, part, **row) for part in row.get("parts", ("train", "val"))), names, row
 
 
 def count_ids(items, colours):
@@ -169,12 +231,13 @@ def count_ids(items, colours):
 def by_class(data):
     """train/CLASS/ and val/CLASS/ -> [(photo, label), ...] of each part, class names."""
     parts = []
-    for part in ("train", "val"):
-        folders = [f for f in sorted(Path(data, part).iterdir())
-                   if f.is_dir() and not f.name.startswith(".")]
-        parts.append({f.name: find_images(f) for f in folders})
-        loose = [f for f in Path(data, part).iterdir() if f.is_file() and f.name[0] != "."]
-        say_left_out(f"{data}/{part}", [f.suffix or "without suffix" for f in loose])
+    for part in (Path(data, "train"), Path(data, "val")):
+        if not part.is_dir():
+            raise InputError(f"{data} is not laid out for --task classify: expected the folders "
+                             "train and val in it")
+        seen = [entry for entry in sorted(part.iterdir()) if not entry.name.startswith(".")]
+        parts.append({entry.name: find_images(entry) for entry in seen if entry.is_dir()})
+        say_left_out(part, [f.suffix or "without suffix" for f in seen if f.is_file()])
     classes = sorted(parts[0].keys() | parts[1].keys())
     if classes == ["images", "masks"]:
         raise InputError(f"{data} is laid out for --task segment, expected a folder for each class")
@@ -185,44 +248,38 @@ def by_class(data):
     return *items, classes
 
 
-def load_data(data, task, ignore):
-    """-> (training items, held-out items, class names, their ids in masks), after a look at all."""
+def load_data(data, task, ignore=None):
+    """-> (training items, held-out items, class names, their ids in masks), after a look at all.
+
+    ignore: ids that count nowhere; None: IGNORE and those of the folder's layout.
+    """
+    segment, row = task == "segment", {}
     if data is None:
-        parts, names = (Shapes("train"), Shapes("val")), ["background", *Shapes.classes]
-        names = names if task == "segment" else list(Shapes.classes)
+        parts = Shapes("train"), Shapes("val")
+        names = ["background"] * segment + list(Shapes.classes)
     elif data in SETS and not Path(data).is_dir():
-        if (data == "voc2012") != (task == "segment"):
+        if (data == "voc2012") != segment:
             raise InputError(f"--data {data} has no labels for --task {task}")
-        parts, names = open_set(data), []
-        names = names if task == "segment" else list(map(str, parts[0].classes))
+        parts = open_set(data)
+        names = LAYOUTS["VOC"]["names"].split(", ") if segment else [*map(str, parts[0].classes)]
+    elif segment:
+        *parts, names, row = by_layout(data)
     else:
-        for part in ("train", "val"):
-            if not Path(data, part).is_dir():
-                raise InputError(f"{data} is not laid out for --task {task}: expected the folders "
-                                 "train and val in it")
-        if task == "classify":
-            *parts, names = by_class(data)
-        else:
-            parts, names = [pairs(Path(data, part)) for part in ("train", "val")], []
-            if (file := Path(data, "classes.txt")).is_file():
-                try:
-                    names = file.read_text(encoding="utf-8-sig").splitlines()
-                except ValueError as error:
-                    raise InputError(f"{file} is no UTF-8 text: {error}") from None
-    if not -1 <= ignore <= 255:
-        raise InputError(f"--ignore {ignore}: expected an id from 0 to 255, or -1 for none")
-    if task == "segment":
+        *parts, names = by_class(data)
+    ignore = [IGNORE, *row.get("ignore", ())] if ignore is None else ignore
+    if not all(-1 <= id <= 255 for id in ignore):
+        raise InputError(f"--ignore {ignore}: expected ids from 0 to 255, or -1 for none")
+    if segment:
         colours = {}
         counts = torch.stack([count_ids(part, colours) for part in parts])              # (2, 256)
-        if ignore >= 0:
-            counts[:, ignore] = 0
+        counts[:, [id for id in ignore if id >= 0]] = 0
     else:
         labels = [torch.tensor([item[1] for item in part], dtype=torch.long) for part in parts]
         counts = torch.stack([part.bincount(minlength=len(names)) for part in labels])
-    ids = counts.sum(0).nonzero().flatten().tolist() if task == "segment" else range(len(names))
-    if not 2 <= len(ids) <= 255 and task == "segment" or len(ids) < 2 or not counts.sum(1).all():
-        hint = f" besides {ignore}, which --ignore -1 would count" if task == "segment" else ""
-        raise InputError(f"{data} has the classes {list(ids) if hint else names}{hint}, and "
+    ids = counts.sum(0).nonzero().flatten().tolist() if segment else [*range(len(names))]
+    if len(ids) < 2 or segment and len(ids) > 255 or not counts.sum(1).all():
+        hint = f" besides {ignore}, which --ignore -1 would count" if segment else ""
+        raise InputError(f"{data} has the classes {ids if segment else names}{hint}, and "
                          f"{counts.sum(1).tolist()} labels in train and val: expected two classes "
                          "or more, and labels in both")
     classes = [names[id] if id < len(names) and names.count(names[id]) == 1 else str(id)
@@ -230,82 +287,143 @@ def load_data(data, task, ignore):
     for id, name in zip(ids, classes):
         train, val = (100 * counts[:, id] / counts.sum(1)).tolist()
         print(f"class {name:24s} id {id:3d}  {train:6.2f} % of train  {val:6.2f} % of val")
-    return *parts, classes, list(ids)
+    return *parts, classes, ids
+
+
+def fitted(item, size, patch, points=None):
+    """(photo uint8 (3, H, W), mask) -> the photo in its own shape, its shorter side scaled to size,
+    each side to the nearest multiple of the patch; points: the mask with that many a patch."""
+    photo, mask = item
+    grid = [max(1, round(n * size / min(photo.shape[1:]) / patch)) for n in photo.shape[1:]]
+    if points:
+        shape = [n * points for n in grid]
+        mask = F.interpolate(mask[None, None], shape, mode="nearest-exact")[0, 0]
+    return v2.functional.resize(photo, [n * patch for n in grid], **BICUBIC), mask
+
+
+def by_shape(draws):
+    """A batch of Draws, [((input, target), unread), ...] -> [(inputs, targets), ...], stacked where
+    shapes agree. A photo that is gone by now ends the run: its neighbour would count twice."""
+    groups = {}
+    for (inputs, target), unread in draws:
+        if unread:
+            raise InputError(unread)
+        target = torch.as_tensor(target)
+        groups.setdefault((inputs.shape, target.shape), []).append((inputs, target))
+    return [tuple(map(torch.stack, zip(*group))) for group in groups.values()]
 
 
 # --------------------------------------------------------------------------------------------------
 # Heads and scores
 
-def labelled(loader):
-    """Batches without messages; a labelled photo that is gone by now ends the run."""
-    for batch, messages in loader:
-        if unread := next(filter(None, messages), None):
-            raise InputError(unread)
-        yield batch
-
-
 def features(vit, images, task):
     """uint8 images (B, 3, H, W) -> what a head reads. segment: patches (B, rows, columns, C);
     classify: CLS and mean patch (B, 2C), or the mean patch alone (B, C) of a ViT without CLS.
     """
-    tokens, grid = vit(vit.normalize(images)).float(), vit.grid(*images.shape[2:])
+    dtype, grid = vit.norm.weight.dtype, vit.grid(*images.shape[2:])
+    tokens = vit(vit.normalize(images).to(dtype)).to(dtype)
     patches = tokens[:, vit.arch.prefix:]                                   # (B, N, C)
     if task == "segment":
         return patches.unflatten(1, grid)
     return torch.cat([tokens[:, 0], patches.mean(1)], 1) if vit.arch.cls else patches.mean(1)
 
 
-class Segmenter(nn.Module):
+class LinearHead(nn.Module):
     """LayerNorm, linear layer on each patch, (B, rows, columns, C) -> (B, K, rows, columns)."""
 
-    def __init__(self, width, classes):
+    def __init__(self, arch, classes, attention):
         super().__init__()
-        self.norm, self.classify = nn.LayerNorm(width), nn.Linear(width, classes)
+        self.norm, self.classify = nn.LayerNorm(arch.width), nn.Linear(arch.width, classes)
 
     def forward(self, patches):
         return self.classify(self.norm(patches)).permute(0, 3, 1, 2)
 
 
-def make_head(arch, task, classes):
+class MaskHead(nn.Module):
+    """Segmenter's mask transformer (arXiv 2105.05633): (B, rows, columns, C) -> the same of K.
+
+    A token per class joins the patches in two blocks with the backbone's own operator, O(N) if that
+    is; before them, as a ViT's prefix: operators that know the grid let it bypass.
+    """
+
+    def __init__(self, arch, classes, attention):
+        super().__init__()
+        self.tokens = nn.Parameter(torch.zeros(1, classes, arch.width))
+        self.blocks = nn.ModuleList(Block(arch, attention) for _ in range(2))
+        self.start, self.norm = nn.LayerNorm(arch.width), nn.LayerNorm(arch.width)
+        self.of_class, self.of_patch = (nn.Linear(arch.width, arch.width, False) for _ in range(2))
+        self.scale = nn.LayerNorm(classes)              # cosines alone are too alike for a softmax
+        for name, tensor in self.named_parameters():
+            if ".operator." not in name and tensor.ndim > 1:
+                nn.init.trunc_normal_(tensor, std=0.02)
+
+    def forward(self, patches):
+        grid, K = patches.shape[1:3], self.tokens.shape[1]
+        x = self.start(patches.flatten(1, 2))                               # (B, N, C)
+        x = torch.cat([self.tokens.expand(len(x), -1, -1), x], dim=1)       # (B, K + N, C)
+        for block in self.blocks:
+            x = block(x, tuple(grid))
+        classes, patches = self.norm(x).tensor_split([K], dim=1)
+        classes, patches = self.of_class(classes), self.of_patch(patches)
+        masks = F.normalize(patches, dim=-1) @ F.normalize(classes, dim=-1).mT      # (B, N, K)
+        return self.scale(masks).mT.unflatten(2, grid)
+
+
+HEADS = {"linear": LinearHead, "mask": MaskHead}
+
+
+def make_head(arch, task, classes, kind="linear", attention="softmax"):
     if task == "segment":
-        return Segmenter(arch.width, classes)
+        return HEADS[kind](arch, classes, attention)
     return nn.Linear(arch.width * (1 + arch.cls), classes)
 
 
 def load_head(head, tensors, spec):
-    """Give a head the weights head.* of a checkpoint; -> the head."""
+    """Give a head the weights head.* of a checkpoint; -> the head. After FILE:OPERATOR a mask head
+    has that operator, too; its parameters are then fresh, as in model.linearize."""
+    theirs = {n[5:]: t for n, t in tensors.items() if n.startswith("head.")}
+    fresh = {n: t for n, t in head.state_dict().items() if ".operator." in n}
+    if fresh.keys() != {n for n in theirs if ".operator." in n}:
+        theirs = fresh | {n: t for n, t in theirs.items() if ".operator." not in n}
     try:
-        head.load_state_dict({n[5:]: t for n, t in tensors.items() if n.startswith("head.")})
+        head.load_state_dict(theirs)
     except RuntimeError as error:
         raise InputError(f"{spec} has no whole task head: {error}") from None
     return head
 
 
-def kept_head(head, spec, task, classes, ids):
+def kept_head(head, spec, task, classes, ids, kind="linear"):
     """Give a fresh head the weights that a checkpoint has for the same task, classes and ids."""
     tensors, facts = read_weights(weights_file(spec)[0])
     if "classes" not in facts:
         return False
-    if (facts["task"], facts["classes"], facts.get("ids", ids)) != (task, classes, ids):
-        print(f"{spec}: its head is not kept, it is to {facts['task']} {facts['classes']}")
+    theirs = facts["task"], facts["classes"], facts.get("ids", ids), facts.get("head_kind", "linear")
+    if theirs != (task, classes, ids, kind):
+        print(f"{spec}: its head is not kept, it is to {theirs[0]} {theirs[1]}, {theirs[3]}")
         return False
     load_head(head, tensors, spec)
     print(f"{spec}: its head is kept")
     return True
 
 
-def task_loss(vit, head, inputs, targets, task, frozen, dtype=torch.float32):
-    """inputs: uint8 images, or their features if the backbone is frozen; targets: labels or masks.
+def logits_of(vit, head, inputs, task, frozen, dtype=torch.float32):
+    """What the head says of uint8 images, or of features, in float32 or float64.
 
     Autocast is entered in here, since a compiled backward runs under the autocast of its call.
     """
-    with torch.autocast(inputs.device.type, dtype, enabled=dtype != torch.float32):
-        logits = head(inputs.float() if frozen else features(vit, inputs, task))
-    logits, ignore = logits.float(), -100
+    wide = torch.promote_types(dtype, torch.float32)
+    with torch.autocast(inputs.device.type, dtype, enabled=dtype != wide):
+        return head(inputs.to(wide) if frozen else features(vit, inputs, task)).to(wide)
+
+
+def task_loss(vit, head, inputs, targets, task, frozen, dtype=torch.float32):
+    """inputs: uint8 images, or their features if the backbone is frozen; targets: labels (B,), or
+    masks (B, rows, columns) of any size -> (sum of cross-entropies, how many there are in it)."""
+    logits, ignore = logits_of(vit, head, inputs, task, frozen, dtype), -100
     if task == "segment":
         logits, ignore = F.interpolate(logits, targets.shape[1:], mode="bilinear"), IGNORE
     total = F.cross_entropy(logits, targets.long(), ignore_index=ignore, reduction="sum")
-    return total / (targets != ignore).sum().clamp(min=1)       # a crop may hold ignored ones only
+    return total, (targets != ignore).sum()
 
 
 def upsampled_classes(logits, size, strip=64):
@@ -325,30 +443,60 @@ def upsampled_classes(logits, size, strip=64):
 
 
 @torch.no_grad()
+def cached(vit, batches, task, device, dtype):
+    """The same batches with features instead of images, on the CPU, in float16 or float64."""
+    kept = dtype if dtype == torch.float64 else torch.float16
+    return [[(logits_of(vit, nn.Identity(), images.to(device), task, False, dtype).to(kept).cpu(),
+              masks) for images, masks in batch] for batch in tqdm(batches, "features", delay=2)]
+
+
+@torch.no_grad()
 def evaluate(vit, head, batches, task, frozen, classes, device, dtype=torch.float32):
-    """-> (percent: top-1, or mIoU over classes that occur; that per class; first predictions)."""
-    confusion, first = torch.zeros(classes, classes, dtype=torch.long), None
-    for inputs, targets in tqdm(batches, desc="scoring", leave=False, delay=2):
-        inputs = inputs.to(device)
-        with torch.autocast(device, dtype, enabled=dtype != torch.float32):
-            logits = head(inputs.float() if frozen else features(vit, inputs, task)).float()
-        segment = task == "segment"
-        guess = upsampled_classes(logits, targets.shape[1:]) if segment else logits.argmax(1)
-        guess, counted = guess.cpu(), targets != (IGNORE if segment else -100)
-        first = guess if first is None else first
-        counts = classes * targets[counted].long() + guess[counted]
-        confusion += counts.bincount(minlength=classes ** 2).view(classes, classes)
-    if not confusion.any():
-        raise InputError("no labelled pixel is left in the held-out masks at this --size")
+    """batches: lists of (inputs, targets), see by_shape; masks have their own resolution.
+    -> (percent: top-1, or mIoU over classes that occur; that per class).
+    """
+    confusion = torch.zeros(classes, classes, dtype=torch.long)
+    for batch in tqdm(batches, desc="scoring", leave=False, delay=2):
+        for inputs, targets in batch:
+            guess = logits_of(vit, head, inputs.to(device), task, frozen, dtype)
+            segment, size = task == "segment", targets.shape[1:]
+            guess = (upsampled_classes(guess, size) if segment else guess.argmax(1)).cpu()
+            counted = targets != (IGNORE if segment else -100)
+            counts = classes * targets[counted].long() + guess[counted]
+            confusion += counts.bincount(minlength=classes ** 2).view(classes, classes)
     right, truth, guessed = confusion.diag().double(), confusion.sum(1), confusion.sum(0)
     if task == "classify":
-        return 100 * (right.sum() / truth.sum()).item(), (100 * right / truth).tolist(), first
+        return 100 * (right.sum() / truth.sum()).item(), (100 * right / truth).tolist()
     iou = 100 * right / (truth + guessed - right)       # nan for a class neither there nor guessed
-    return iou.nanmean().item(), iou.tolist(), first
+    return iou.nanmean().item(), iou.tolist()
 
 
 PALETTE = torch.rand(256, 3, generator=torch.Generator().manual_seed(6)) * 0.8 + 0.2
 PALETTE[0], PALETTE[IGNORE] = 0, 1                      # background black, ignored white
+
+
+def picture(path, rows, classes, ids, cell=160, line=20):
+    """Write rows of images below their captions, and below all a legend of the classes.
+
+    rows: [(caption, [uint8 photo (3, H, W) or mask of classes (H, W), ...]), ...]; in pixels: cell,
+    the height of an image, and line.
+    """
+    colours = (torch.cat([PALETTE[ids], torch.ones(256 - len(ids), 3)]) * 255).byte()
+    widths = [max(1, round(photo.shape[2] * cell / photo.shape[1])) for photo in rows[0][1]]
+    width, below = max(600, sum(widths)), len(rows) * (line + cell) + line // 2
+    sheet = Image.new("RGB", (width, below + line * (1 + len(ids) // (width // 200))), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
+    for i, (caption, images) in enumerate(rows):
+        draw.text((4, i * (line + cell) + 2), caption, "black", font)
+        for j, image in enumerate(images):
+            image = image if image.ndim == 3 else colours[image.long()].movedim(-1, 0)
+            image = v2.functional.to_pil_image(image).resize((widths[j], cell))
+            sheet.paste(image, (sum(widths[:j]), i * (line + cell) + line))
+    for i, (id, name) in enumerate(zip(ids, classes)):
+        x, y = 200 * (i % (width // 200)) + 4, below + line * (i // (width // 200))
+        draw.rectangle((x, y, x + 13, y + 13), tuple(colours[i].tolist()), "black")
+        draw.text((x + 18, y), f"{id} {name[:22]}" if name != str(id) else name, "black", font)
+    sheet.save(path)
 
 
 def load_backbone(spec, from_scratch):
@@ -366,81 +514,93 @@ def load_backbone(spec, from_scratch):
 
 
 @torch.no_grad()
-def predict(args, device):
+def predict(args, device, dtype):
     """Label photos with a checkpoint of ours: a line each, and to segment a mask and an overlay."""
-    vit = load_vit(args.weights[0]).to(device)
-    tensors, facts = read_weights(weights_file(args.weights[0])[0])
+    spec, wide = args.weights[0], torch.promote_types(dtype, torch.float32)
+    vit, (tensors, facts) = load_vit(spec), read_weights(weights_file(spec)[0])
     if "classes" not in facts:
-        raise InputError(f"{args.weights[0]} has no task head: --predict needs a checkpoint that "
-                         "finetune.py wrote")
-    task, classes, size = facts["task"], facts["classes"], facts["size"]
-    head = load_head(make_head(vit.arch, task, len(classes)), tensors, args.weights[0]).to(device)
+        raise InputError(f"{spec} has no task head: --predict needs a checkpoint that finetune.py "
+                         "wrote")
+    task, classes = facts["task"], facts["classes"]
+    size = facts["size"] if args.size is None else args.size
+    vit.grid(size, size)
+    head = make_head(vit.arch, task, len(classes), facts.get("head_kind", "linear"), vit.attention)
+    vit, head = vit.to(device, wide), load_head(head, tensors, spec).to(device, wide).eval()
     ids = torch.tensor(facts.get("ids", range(len(classes))))
     photos = [(path, Path(path).relative_to(given) if Path(given).is_dir() else Path(path).name)
               for given in args.predict
               for path in (find_images(given) if Path(given).is_dir() else [given])]
     if len({str(name) for _, name in photos}) < len(photos) and task == "segment":
         raise InputError("two photos of --predict have one name: give their folders one at a time")
-    out = open_out(args, [args.weights[0], *args.predict]) if task == "segment" else None
+    out = open_out(args, [spec, *args.predict]) if task == "segment" else None
     whole = v2.Compose([v2.Resize(size, **BICUBIC), v2.CenterCrop(size)])
     if task == "segment":
-        whole = v2.Resize((size, size), **BICUBIC)
-    for path, name in photos:
-        try:
-            photo = read_image(path, size if task == "classify" else None)
-        except InputError as error:
-            print(f"left out: {error}")
-            continue
-        logits = head(features(vit, whole(photo)[None].to(device), task))
-        if task == "classify":
-            share, best = logits.softmax(1)[0].max(0)
-            print(f"{path}\t{classes[best]}\t{share:.3f}")
-            continue
-        mask = upsampled_classes(logits, photo.shape[1:])[0].cpu()
-        target = out / "masks" / f"{name}.png"          # with its suffix: not a.jpg's over a.png's
-        target.parent.mkdir(parents=True, exist_ok=True)
-        picture = Image.fromarray(ids[mask].byte().numpy())
-        picture.putpalette((PALETTE * 255).byte().flatten().tolist())
-        picture.save(target)
-        overlay = photo.float() / 510 + PALETTE[ids[mask]].permute(2, 0, 1) / 2
-        save_image(overlay, target.with_name(f"{target.stem}.overlay.png"))
-        print(f"{path}\t{', '.join(classes[value] for value in mask.unique())}\t{target}")
+        whole = partial(fitted, size=size, patch=vit.arch.patch)
+    for start in range(0, len(photos), args.batch_size):
+        batch = []
+        for i, (path, _) in enumerate(photos[start:start + args.batch_size], start):
+            try:
+                photo = read_image(path, size if task == "classify" else None)
+                batch.append((whole((photo, i)), ""))
+            except InputError as error:
+                print(f"left out: {error}")
+        found = {i: logits for images, places in by_shape(batch) for i, logits in zip(
+            places.tolist(), logits_of(vit, head, images.to(device), task, False, dtype))}
+        for i, logits in sorted(found.items()):
+            path, name = photos[i]
+            if task == "classify":
+                share, best = logits.softmax(0).max(0)
+                print(f"{path}\t{classes[best]}\t{share:.3f}")
+                continue
+            photo = read_image(path)                    # again: a batch of originals may be large
+            mask = upsampled_classes(logits[None], photo.shape[1:])[0].cpu()
+            target = out / "masks" / f"{name}.png"      # with its suffix: not a.jpg's over a.png's
+            target.parent.mkdir(parents=True, exist_ok=True)
+            image = Image.fromarray(ids[mask].byte().numpy())
+            image.putpalette((PALETTE * 255).byte().flatten().tolist())
+            image.save(target)
+            overlay = photo.float() / 510 + PALETTE[ids[mask]].movedim(-1, 0) / 2
+            save_image(overlay, target.with_name(f"{target.stem}.overlay.png"))
+            print(f"{path}\t{', '.join(classes[value] for value in mask.unique())}\t{target}")
 
 
 def main(argv=None):
     args = parse(argv)
     device, dtype = device_and_dtype(args.dtype)
     if args.predict:
-        return predict(args, device)
+        return predict(args, device, dtype)
 
     for spec in args.weights:                           # all must be good before we start
         model, _, _ = load_backbone(spec, args.from_scratch)
         if args.size is None:
             args.size = model.facts.get("size", model.arch.pixels[0])
+        args.head = args.head or model.facts.get("head_kind")
         model.grid(args.size, args.size)
+    segment, args.head = args.task == "segment", args.head or "linear"
     source, val_source, classes, ids = load_data(args.data, args.task, args.ignore)
     for spec in args.weights if args.steps == 0 else ():
         model, file, _ = load_backbone(spec, args.from_scratch)
-        head = make_head(model.arch, args.task, len(classes))
-        if args.from_scratch or not kept_head(head, file, args.task, classes, ids):
+        head = make_head(model.arch, args.task, len(classes), args.head, model.attention)
+        if args.from_scratch or not kept_head(head, file, args.task, classes, ids, args.head):
             raise InputError(f"--steps 0 only scores, but {spec} has no head for these classes")
     out = open_out(args, [*args.weights, args.data])
     lookup = torch.full((256,), IGNORE, dtype=torch.uint8)
     lookup[ids] = torch.arange(len(ids), dtype=torch.uint8)
-    crop = v2.Compose([v2.RandomResizedCrop(args.size, (0.35, 1), **BICUBIC),
-                       v2.RandomHorizontalFlip()])
-    whole = v2.Compose([v2.Resize(args.size, **BICUBIC), v2.CenterCrop(args.size)])
-    if args.task == "segment":                          # the whole photo, squeezed to a square
-        whole = v2.Resize((args.size, args.size), **BICUBIC)
-    if args.data is None:
-        crop, whole = v2.RandomHorizontalFlip(), v2.Identity()
     read = partial(read_item, task=args.task, lookup=lookup, short=args.size)
-    gpu = device == "cuda"
+    whole = v2.Compose([v2.Resize(args.size, **BICUBIC), v2.CenterCrop(args.size)])
+    crop = [v2.RandomResizedCrop(args.size, (0.35, 1), **BICUBIC)]
+    if segment:
+        fill = {tv_tensors.Mask: IGNORE, "others": 124}             # about the mean of photos
+        crop = [v2.RandomResize(args.size // 2, 2 * args.size, **BICUBIC),
+                v2.RandomCrop(args.size, pad_if_needed=True, fill=fill)]
+    crop = v2.Compose([*(crop if args.data else ()), v2.RandomHorizontalFlip()])
+    # A generator of its own: scoring leaves other randomness alone.
     loader = partial(DataLoader, batch_size=args.batch_size, num_workers=args.workers,
-                     pin_memory=gpu)
+                     pin_memory=device == "cuda", collate_fn=by_shape, generator=torch.Generator())
     print(f"{args.task}: {len(source)} images of {args.size} pixels, {len(val_source)} held out, "
           f"{len(classes)} classes, {'head alone' if args.freeze else 'head and backbone'}, "
           f"{device}, {dtype}")
+    wide = torch.promote_types(dtype, torch.float32)    # of weights, loss and logits
     rows, guesses, log = [], [], open(out / "log.jsonl", "w", buffering=1)
 
     for i, spec in enumerate(args.weights):
@@ -448,31 +608,23 @@ def main(argv=None):
         torch.manual_seed(args.seed)
         vit, file, stage = load_backbone(spec, args.from_scratch)
         torch.manual_seed(args.seed)                    # the same head for each row
-        vit, head = vit.to(device), make_head(vit.arch, args.task, len(classes)).to(device)
-        kept = not args.from_scratch and kept_head(head, file, args.task, classes, ids)
+        head = make_head(vit.arch, args.task, len(classes), args.head, vit.attention)
+        kept = not args.from_scratch and kept_head(head, file, args.task, classes, ids, args.head)
+        vit, head = vit.to(device, wide), head.to(device, wide)
         start = time.perf_counter()
-        if args.freeze:
+        if segment:
+            whole = partial(fitted, size=args.size, patch=vit.arch.patch)
+        draws, val = Draws(source, read, crop, args.seed), loader(Draws(val_source, read, whole))
+        if args.freeze:                                 # features of whole photos, computed once
             vit.eval().requires_grad_(False)
-            parts = []
-            for part in (source, val_source):
-                found = []
-                batches = tqdm(loader(Draws(part, read, whole)), f"{spec}: features", delay=2)
-                for images, targets in labelled(batches):
-                    with torch.no_grad(), torch.autocast(device, dtype,
-                                                         enabled=dtype != torch.float32):
-                        images = features(vit, images.to(device), args.task)
-                    found.append((images.half().cpu(), targets))
-                parts.append(TensorDataset(*(torch.cat(tensors) for tensors in zip(*found))))
-            draws = RandomSampler(parts[0], num_samples=max(1, args.steps * args.batch_size),
-                                  generator=torch.Generator().manual_seed(args.seed))
-            orders = draws if args.steps else [], range(len(parts[1]))
-            train, val = (DataLoader(part, batch_size=None,
-                                     sampler=BatchSampler(order, args.batch_size, drop_last=False))
-                          for part, order in zip(parts, orders))
-        else:
-            draws = range(args.steps * args.batch_size)
-            train = labelled(loader(Draws(source, read, crop, args.seed), sampler=draws))
-            val = labelled(loader(Draws(val_source, read, whole)))
+            short = partial(whole, points=POINTS) if segment else whole
+            found = cached(vit, loader(Draws(source, read, short)) if args.steps else [],
+                           args.task, device, dtype)
+            items = [item for batch in found for group in batch for item in zip(*group)]
+            draws = Draws(items, tuple, tuple, args.seed)
+            val = cached(vit, val, args.task, device, dtype)
+        train = loader(draws, sampler=range(args.steps * args.batch_size),
+                       num_workers=0 if args.freeze else args.workers)
         head_lr = args.lr if args.from_scratch else HEAD_LR * args.lr
         groups = [dict(params=list(head.parameters()), lr=head_lr)]
         if not args.freeze:
@@ -482,13 +634,17 @@ def main(argv=None):
             optimizer, [group["lr"] for group in groups], max(args.steps, 10) + 1, pct_start=0.1,
             cycle_momentum=False)
         scaler = torch.amp.GradScaler(device, enabled=dtype == torch.float16)
-        loss_of = torch.compile(task_loss, fullgraph=True) if args.compile else task_loss
+        loss_of = task_loss                             # a head alone sees too many shapes
+        if args.compile and not args.freeze:
+            loss_of = torch.compile(task_loss, fullgraph=True)
 
         with tqdm(total=args.steps * args.batch_size, desc=spec, unit="img", mininterval=1) as bar:
-            for step, (inputs, targets) in enumerate(train, 1):
-                inputs = inputs.to(device, non_blocking=True)
-                targets = targets.to(device, non_blocking=True)
-                loss = loss_of(vit, head, inputs, targets, args.task, args.freeze, dtype)
+            for step, batch in enumerate(train, 1):
+                parts = [loss_of(vit, head, inputs.to(device, non_blocking=True),
+                                 targets.to(device, non_blocking=True), args.task, args.freeze,
+                                 dtype) for inputs, targets in batch]
+                total, count = map(sum, zip(*parts))
+                loss = total / count.clamp(min=1)       # crops may hold ignored pixels only
                 value = loss.item()
                 if not math.isfinite(value):
                     raise InputError(f"{spec}: the loss is {value} at step {step}: try a lower "
@@ -504,31 +660,38 @@ def main(argv=None):
                 optimizer.zero_grad()
                 log.write(json.dumps({"weights": spec, "step": step, "loss": value,
                                       "lr": rate}) + "\n")
-                bar.update(len(inputs))
+                bar.update(args.batch_size)
                 bar.set_postfix(loss=f"{value:.4f}", lr=f"{rate:.1e}")
         facts = dict(task=args.task, classes=classes, ids=ids, size=args.size, frozen=args.freeze,
-                     seed=args.seed)
+                     seed=args.seed, head_kind=args.head)
         checkpoint = out / f"{i}-{args.task}.safetensors"
         save_vit(vit, checkpoint, head=head, stage=f"{stage}+finetune", **facts)
-        score, per_class, guess = evaluate(vit.eval(), head.eval(), val, args.task, args.freeze,
-                                           len(classes), device, dtype)
+        score, per_class = evaluate(vit.eval(), head.eval(), val, args.task, args.freeze,
+                                    len(classes), device, dtype)
         per_class = {name: None if math.isnan(value) else value
                      for name, value in zip(classes, per_class)}
         rows.append(dict(weights=spec, attention=vit.attention, stage=stage, score=score,
-                         metric="top-1" if args.task == "classify" else "mIoU",
-                         head=type(head).__name__, kept_head=kept, held_out=len(val_source),
-                         per_class=per_class, steps=args.steps, batch_size=args.batch_size,
-                         lr=args.lr, seconds=time.perf_counter() - start, device=device,
-                         dtype=str(dtype), checkpoint=str(checkpoint), **facts))
+                         metric="mIoU" if segment else "top-1", kept_head=kept,
+                         held_out=len(val_source), per_class=per_class, steps=args.steps,
+                         batch_size=args.batch_size, lr=args.lr, device=device, dtype=str(dtype),
+                         seconds=time.perf_counter() - start, checkpoint=str(checkpoint), **facts))
         write_whole(out / "metrics.json", rows)
-        guesses.append(guess)
+        if segment:                                     # a picture of the first photos
+            held_out = Draws(val_source, read, whole)
+            shown = [held_out[j][0] for j in range(min(6, len(held_out)))]
+            with torch.no_grad():
+                logits = [logits_of(vit, head, photo[None].to(device), args.task, False, dtype)
+                          for photo, _ in shown]
+            guesses.append((f"{spec}: {vit.attention}, mIoU {score:.1f}", [
+                upsampled_classes(x, mask.shape)[0].cpu() for x, (_, mask) in zip(logits, shown)]))
 
-    if args.task == "segment":
-        shown = Draws(val_source, read, whole)
-        shown = [shown[j][0] for j in range(min(8, args.batch_size, len(shown)))]
-        images, masks = (torch.stack(tensors) for tensors in zip(*shown))
-        panels = [PALETTE[mask[:len(images)].long()].movedim(-1, 1) for mask in (masks, *guesses)]
-        save_image(torch.cat([images / 255, *panels]), out / "segment.png", nrow=len(images))
+    if segment:
+        photos, masks = zip(*shown)
+        picture(out / "segment.png", [("photo", photos), ("truth", masks), *guesses], classes, ids)
+        print(f"\n{'IoU of class':25s} id", *(f"  row {i}" for i in range(len(rows))))
+        for id, name in zip(ids, classes):
+            found = (row["per_class"][name] for row in rows)
+            print(f"{name:24s} {id:3d}", *("      -" if x is None else f"{x:7.1f}" for x in found))
     print(f"\n{rows[0]['metric']} on {len(val_source)} held-out images, "
           f"{'frozen' if args.freeze else 'tuned'} backbone, seed {args.seed}")
     for row in rows:

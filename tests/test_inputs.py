@@ -296,28 +296,28 @@ def masks(top, train, val, depth=8, palette=b""):
 
 def test_ids_of_masks(tmp_path):
     """As the files hold them; 0 and 255 are foreground or ignored, and the sentence says both."""
-    says = refusal(load_data, masks(tmp_path / "255", [TWO * 255], [TWO * 255]), "segment", 255)
+    says = refusal(load_data, masks(tmp_path / "255", [TWO * 255], [TWO * 255]), "segment", [255])
     assert "255" in says and "ignore" in says and "--ignore -1" in says
-    assert load_data(str(tmp_path / "255"), "segment", -1)[2:] == (["0", "255"], [0, 255])
+    assert load_data(str(tmp_path / "255"), "segment", [-1])[2:] == (["0", "255"], [0, 255])
     for i, (train, val) in enumerate(((TWO, TWO | 255), (TWO | 255, TWO), (TWO * 0, TWO * 0))):
-        refusal(load_data, masks(tmp_path / str(i), [train], [val]), "segment", 255)
+        refusal(load_data, masks(tmp_path / str(i), [train], [val]), "segment", [255])
     for depth in (2, 4, 8, 16):
         data = masks(tmp_path / f"depth {depth}", [FOUR], [TWO], depth)
-        assert load_data(data, "segment", 255)[3] == [0, 1, 2, 3]
+        assert load_data(data, "segment", [255])[3] == [0, 1, 2, 3]
     for name in ("train/masks/1.png", "val/masks/0.png"):   # one colour of two ids
         data = masks(tmp_path / "p", [TWO, TWO], [TWO], 8, bytes([9, 9, 9, 200, 0, 0]))
-        assert load_data(data, "segment", 255)[3] == [0, 1]
+        assert load_data(data, "segment", [255])[3] == [0, 1]
         png(Path(data, name), TWO, 8, bytes([200, 0, 0, 9, 9, 9]))
-        says = refusal(load_data, data, "segment", 255)
+        says = refusal(load_data, data, "segment", [255])
         assert f"{data}/{name}" in says and f"{data}/train/masks/0.png" in says
-    refusal(load_data, str(tmp_path / "255"), "segment", 256)
+    refusal(load_data, str(tmp_path / "255"), "segment", [256])
 
 
 def test_masks_that_do_not_fit(tmp_path):
     data = masks(tmp_path, [TWO, TWO], [TWO])
     photo, mask = tmp_path / "train/images/1.jpg", tmp_path / "train/masks/1.png"
-    whole, refused = mask.read_bytes(), lambda: refusal(load_data, data, "segment", 255)
-    for bad in (lambda: put(mask, TWO, "RGB"), lambda: put(mask, TWO, "LA"), mask.unlink,
+    whole, refused = mask.read_bytes(), lambda: refusal(load_data, data, "segment", [255])
+    for bad in (lambda: put(mask, TWO, "RGB"), lambda: put(mask, TWO, "LA"),
                 lambda: put(mask, TWO, format="JPEG"), lambda: png(mask, TWO.astype(int) * 300, 16),
                 lambda: mask.write_bytes(whole[:40]), lambda: mask.write_bytes(b"junk")):
         bad()
@@ -325,7 +325,7 @@ def test_masks_that_do_not_fit(tmp_path):
     mask.write_bytes(whole)                             # as the photo lies in the file, not as seen
     put(photo, exif=EXIF[6])
     assert all(word in refused() for word in (str(mask), str(photo), "EXIF"))
-    load_data((png(mask, TWO.T), data)[1], "segment", 255)
+    load_data((png(mask, TWO.T), data)[1], "segment", [255])
     put(photo.with_suffix(".png"))
     assert "1.jpg" in refused() and "1.png" in refused()
 
@@ -334,12 +334,12 @@ def test_class_lines_and_names(tmp_path, capsys):
     left = np.repeat(np.array([[2] * 6 + [0] * 18], np.uint8), 20, axis=0)
     data = masks(tmp_path, [left], [left * 0, left // 2])
     (tmp_path / "classes.txt").write_text("sky\nsea\n", encoding="utf-8-sig")
-    assert load_data(data, "segment", 255)[2:] == (["sky", "sea", "2"], [0, 1, 2])
+    assert load_data(data, "segment", [255])[2:] == (["sky", "sea", "2"], [0, 1, 2])
     lines = [line.split() for line in capsys.readouterr().out.splitlines() if "%" in line]
     for line, parts in zip(lines, ("sky 75.00 87.50", "sea 0.00 12.50", "2 25.00 0.00")):
         assert len(lines) == 3 and set(parts.split()) <= set(line)
     (tmp_path / "classes.txt").write_bytes(b"W\xe4sser\n")
-    assert "classes.txt" in refusal(load_data, data, "segment", 255)
+    assert "classes.txt" in refusal(load_data, data, "segment", [255])
 
 
 def test_class_folders(tmp_path, capsys, monkeypatch):
@@ -349,16 +349,16 @@ def test_class_folders(tmp_path, capsys, monkeypatch):
     for name in "train/masks/0 train/cats/0 train/cats/1 train/.x/0 val/cats/0 val/dogs/0".split():
         put(tmp_path / f"pets/{name}.jpg")
     put(tmp_path / "pets/train/loose.jpg")
-    train, val, classes, _ = load_data("pets", "classify", 255)
+    train, val, classes, _ = load_data("pets", "classify")
     assert classes == ["cats", "dogs", "masks"] and (len(train), len(val)) == (3, 2)
     assert "66.67 % of train   50.00 % of val" in (said := capsys.readouterr().out)
     (tmp_path / "pets/val/dogs/0.jpg").write_bytes(b"junk")
-    assert "dogs/0.jpg" in refusal(load_data, "pets", "classify", 255) and "1 .jpg" in said
+    assert "dogs/0.jpg" in refusal(load_data, "pets", "classify") and "1 .jpg" in said
     for i, names in enumerate(("train/a val/a", "train val", "train/a", "train/a train/b val",
                                "train/images train/masks val/images val/masks")):
         for name in names.split():
             put(tmp_path / str(i) / name / "0.jpg")
-        assert str(tmp_path / str(i)) in refusal(load_data, str(tmp_path / str(i)), "classify", 255)
+        assert str(tmp_path / str(i)) in refusal(load_data, str(tmp_path / str(i)), "classify")
 
 
 @pytest.mark.parametrize("stage", READS)
