@@ -41,8 +41,8 @@ def parse(argv):
     flag("--student", help="one of this teacher to go on with (default: the teacher, swapped)")
     flag("--attention", choices=ATTENTION, help="the student's operator (default: linear)")
     flag("--train", choices=GROUPS, nargs="+", default=["qkv", "operator", "proj"],
-         help="what is tuned: the paper's qkv, the operator's own parameters, the output projection "
-         "(default: all three)")
+         help="what is tuned: query, key and value (the paper's), the operator's own parameters, "
+         "the output projection (default: all three)")
     flag("--data", nargs="+", help="folders of images, or torchvision sets (default: the demo's)")
     flag("--size", type=int, help="pixels, a multiple of the patch (default: the weights' native)")
     flag("--steps", type=int, help=f"(default: {DEFAULTS['steps']}, demo: {DEMO['steps']})")

@@ -18,9 +18,8 @@ Writes to --out: a checkpoint for each of --weights, metrics.json, log.jsonl; to
 segment.png; with --predict a mask of each photo's own size, and the photo with it laid over.
 """
 import argparse
-import json
 import math
-import time
+import zlib
 from functools import partial
 from pathlib import Path
 
@@ -34,10 +33,13 @@ from torchvision.transforms import v2
 from torchvision.utils import save_image
 from tqdm import tqdm
 
+from align_attention import block_alignment, embed
 from demo.shapes import Shapes
-from model import ATTENTION, BICUBIC, KNOWN, SETS, Block, Draws, InputError, ViT, complete, decode
-from model import device_and_dtype, find_images, linearize, load_vit, open_out, open_set, read_image
-from model import read_weights, run, save_vit, say_left_out, walk, weights_file, write_whole
+from model import ATTENTION, BICUBIC, KNOWN, RANK, SETS, WORLD, Block, Draws, InputError, Progress
+from model import ViT, autocast, average, complete, decode, device_and_dtype, find_images
+from model import fingerprint, leave_signals, linearize, load_vit, open_out, open_set, read_image
+from model import read_weights, run, run_flags, save_vit, say_left_out, walk, weights_file, widen
+from model import write_whole
 
 DEFAULTS = dict(steps=2000, batch_size=32)
 DEMO = dict(size=64, steps=300, batch_size=64)              # without --data
@@ -73,13 +75,10 @@ def parse(argv):
          f"{DEMO['batch_size']}, with --predict {PREDICT['batch_size']})")
     flag("--lr", type=float, default=1e-4,
          help=f"peak, {HEAD_LR} times that for the head (default: 1e-4)")
-    flag("--out", help="folder to write (default: runs/finetune, with --predict runs/predict)")
-    flag("--seed", type=int, default=0, help="of head, photos, crops and flips (default: 0)")
-    flag("--dtype", choices=("auto", "float32", "bfloat16", "float16", "float64"), default="auto",
-         help="of autocast; float64: of everything (default: auto, half on a GPU, else float32)")
-    flag("--workers", type=int, help="that load photos (default: up to 8 on a GPU, else 0)")
-    flag("--compile", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available(),
-         help="torch.compile (default: on a GPU)")
+    flag("--align", type=float, default=0.0, metavar="W", help="keep stage 1's loss against "
+         "--teacher, this much of it, while the backbone is tuned (default: 0)")
+    flag("--teacher", help="the softmax ViT for --align")
+    run_flags(flag, None)
     args = parser.parse_args(argv)
     args.out = args.out or ("runs/predict" if args.predict else "runs/finetune")
     for name in ("task", "data", "steps", "head", "ignore", "freeze", "from_scratch"):
@@ -96,6 +95,8 @@ def parse(argv):
     if args.weights is None or args.predict and len(args.weights) != 1:
         raise InputError("--weights: expected files to fine-tune, or one checkpoint to --predict "
                          f"with, found {args.weights}")
+    if args.align and (args.freeze or args.teacher is None or args.predict):
+        raise InputError(f"--align {args.align} needs --teacher and a backbone that is tuned")
     if args.freeze and args.from_scratch:
         raise InputError("--freeze and --from-scratch exclude each other: random weights have no "
                          "features to keep")
@@ -320,8 +321,7 @@ def features(vit, images, task):
     """uint8 images (B, 3, H, W) -> what a head reads. segment: patches (B, rows, columns, C);
     classify: CLS and mean patch (B, 2C), or the mean patch alone (B, C) of a ViT without CLS.
     """
-    dtype, grid = vit.norm.weight.dtype, vit.grid(*images.shape[2:])
-    tokens = vit(vit.normalize(images).to(dtype)).to(dtype)
+    grid, tokens = vit.grid(*images.shape[2:]), widen(vit(vit.normalize(images)))
     patches = tokens[:, vit.arch.prefix:]                                   # (B, N, C)
     if task == "segment":
         return patches.unflatten(1, grid)
@@ -397,7 +397,8 @@ def kept_head(head, spec, task, classes, ids, kind="linear"):
     tensors, facts = read_weights(weights_file(spec)[0])
     if "classes" not in facts:
         return False
-    theirs = facts["task"], facts["classes"], facts.get("ids", ids), facts.get("head_kind", "linear")
+    theirs = (facts["task"], facts["classes"], facts.get("ids", ids),
+              facts.get("head_kind", "linear"))
     if theirs != (task, classes, ids, kind):
         print(f"{spec}: its head is not kept, it is to {theirs[0]} {theirs[1]}, {theirs[3]}")
         return False
@@ -411,9 +412,8 @@ def logits_of(vit, head, inputs, task, frozen, dtype=torch.float32):
 
     Autocast is entered in here, since a compiled backward runs under the autocast of its call.
     """
-    wide = torch.promote_types(dtype, torch.float32)
-    with torch.autocast(inputs.device.type, dtype, enabled=dtype != wide):
-        return head(inputs.to(wide) if frozen else features(vit, inputs, task)).to(wide)
+    with autocast(inputs.device.type, dtype):
+        return widen(head(widen(inputs) if frozen else features(vit, inputs, task)))
 
 
 def task_loss(vit, head, inputs, targets, task, frozen, dtype=torch.float32):
@@ -424,6 +424,16 @@ def task_loss(vit, head, inputs, targets, task, frozen, dtype=torch.float32):
         logits, ignore = F.interpolate(logits, targets.shape[1:], mode="bilinear"), IGNORE
     total = F.cross_entropy(logits, targets.long(), ignore_index=ignore, reduction="sum")
     return total, (targets != ignore).sum()
+
+
+def alignment(teacher, vit, images, dtype):
+    """Stage 1's loss, mean of all blocks, while the backbone is tuned for a task ("Copy the same,
+    distill the difference": what softmax attends to stays, the rest is free to change)."""
+    (x, grid), losses = embed(teacher, images, dtype), []
+    for theirs, ours in zip(teacher.blocks, vit.blocks):
+        x, error, scale = block_alignment(theirs, ours, x, grid, dtype)
+        losses.append(error / average([scale])[0])
+    return torch.stack(losses).mean()
 
 
 def upsampled_classes(logits, size, strip=64):
@@ -532,7 +542,7 @@ def predict(args, device, dtype):
               for path in (find_images(given) if Path(given).is_dir() else [given])]
     if len({str(name) for _, name in photos}) < len(photos) and task == "segment":
         raise InputError("two photos of --predict have one name: give their folders one at a time")
-    out = open_out(args, [spec, *args.predict]) if task == "segment" else None
+    out = open_out(args, [spec, *args.predict])[0] if task == "segment" else None
     whole = v2.Compose([v2.Resize(size, **BICUBIC), v2.CenterCrop(size)])
     if task == "segment":
         whole = partial(fitted, size=size, patch=vit.arch.patch)
@@ -570,8 +580,13 @@ def main(argv=None):
     if args.predict:
         return predict(args, device, dtype)
 
+    wide = torch.promote_types(dtype, torch.float32)    # of weights, loss and logits
+    teacher = load_vit(args.teacher).to(device, wide) if args.align else None
     for spec in args.weights:                           # all must be good before we start
         model, _, _ = load_backbone(spec, args.from_scratch)
+        if args.align and (model.attention == "softmax" or model.arch != teacher.arch):
+            raise InputError(f"--align: {spec} has {model.attention} attention, expected a linear "
+                             f"student of {args.teacher}")
         if args.size is None:
             args.size = model.facts.get("size", model.arch.pixels[0])
         args.head = args.head or model.facts.get("head_kind")
@@ -583,7 +598,12 @@ def main(argv=None):
         head = make_head(model.arch, args.task, len(classes), args.head, model.attention)
         if args.from_scratch or not kept_head(head, file, args.task, classes, ids, args.head):
             raise InputError(f"--steps 0 only scores, but {spec} has no head for these classes")
-    out = open_out(args, [*args.weights, args.data])
+    files = [args.teacher, *(load_backbone(spec, False)[1] for spec in args.weights
+                             if not args.from_scratch)]
+    masks = [zlib.crc32(item[-1].read_bytes()) for part in (source, val_source) for item in part
+             if isinstance(item[-1], Path)]
+    mark = fingerprint(files, source, val_source, masks)
+    out, saved = open_out(args, [*args.weights, args.data, args.teacher], mark)
     lookup = torch.full((256,), IGNORE, dtype=torch.uint8)
     lookup[ids] = torch.arange(len(ids), dtype=torch.uint8)
     read = partial(read_item, task=args.task, lookup=lookup, short=args.size)
@@ -595,36 +615,34 @@ def main(argv=None):
                 v2.RandomCrop(args.size, pad_if_needed=True, fill=fill)]
     crop = v2.Compose([*(crop if args.data else ()), v2.RandomHorizontalFlip()])
     # A generator of its own: scoring leaves other randomness alone.
-    loader = partial(DataLoader, batch_size=args.batch_size, num_workers=args.workers,
-                     pin_memory=device == "cuda", collate_fn=by_shape, generator=torch.Generator())
+    loader = partial(DataLoader, num_workers=args.workers, pin_memory=device == "cuda",
+                     collate_fn=by_shape, generator=torch.Generator(), worker_init_fn=leave_signals)
+    in_order = partial(loader, batch_size=args.batch_size)
     print(f"{args.task}: {len(source)} images of {args.size} pixels, {len(val_source)} held out, "
           f"{len(classes)} classes, {'head alone' if args.freeze else 'head and backbone'}, "
           f"{device}, {dtype}")
-    wide = torch.promote_types(dtype, torch.float32)    # of weights, loss and logits
-    rows, guesses, log = [], [], open(out / "log.jsonl", "w", buffering=1)
+    kept = saved["kept"] if saved else dict(rows=[], guesses=[], best=-1.0)
+    rows, guesses, first = kept["rows"], kept["guesses"], len(kept["rows"])
 
-    for i, spec in enumerate(args.weights):
+    for i, spec in enumerate(args.weights[first:], first):
         torch.compiler.reset()                          # each row compiles anew
         torch.manual_seed(args.seed)
         vit, file, stage = load_backbone(spec, args.from_scratch)
         torch.manual_seed(args.seed)                    # the same head for each row
         head = make_head(vit.arch, args.task, len(classes), args.head, vit.attention)
-        kept = not args.from_scratch and kept_head(head, file, args.task, classes, ids, args.head)
+        its_own = not args.from_scratch and kept_head(head, file, args.task, classes, ids, args.head)
         vit, head = vit.to(device, wide), head.to(device, wide)
-        start = time.perf_counter()
         if segment:
             whole = partial(fitted, size=args.size, patch=vit.arch.patch)
-        draws, val = Draws(source, read, crop, args.seed), loader(Draws(val_source, read, whole))
+        draws, val = Draws(source, read, crop, args.seed), in_order(Draws(val_source, read, whole))
         if args.freeze:                                 # features of whole photos, computed once
             vit.eval().requires_grad_(False)
             short = partial(whole, points=POINTS) if segment else whole
-            found = cached(vit, loader(Draws(source, read, short)) if args.steps else [],
+            found = cached(vit, in_order(Draws(source, read, short)) if args.steps else [],
                            args.task, device, dtype)
             items = [item for batch in found for group in batch for item in zip(*group)]
             draws = Draws(items, tuple, tuple, args.seed)
             val = cached(vit, val, args.task, device, dtype)
-        train = loader(draws, sampler=range(args.steps * args.batch_size),
-                       num_workers=0 if args.freeze else args.workers)
         head_lr = args.lr if args.from_scratch else HEAD_LR * args.lr
         groups = [dict(params=list(head.parameters()), lr=head_lr)]
         if not args.freeze:
@@ -638,43 +656,55 @@ def main(argv=None):
         if args.compile and not args.freeze:
             loss_of = torch.compile(task_loss, fullgraph=True)
 
-        with tqdm(total=args.steps * args.batch_size, desc=spec, unit="img", mininterval=1) as bar:
-            for step, batch in enumerate(train, 1):
-                parts = [loss_of(vit, head, inputs.to(device, non_blocking=True),
-                                 targets.to(device, non_blocking=True), args.task, args.freeze,
-                                 dtype) for inputs, targets in batch]
-                total, count = map(sum, zip(*parts))
+        facts = dict(task=args.task, classes=classes, ids=ids, size=args.size, frozen=args.freeze,
+                     seed=args.seed, head_kind=args.head)
+        if i > first or not saved:
+            kept["best"] = -1.0
+        progress = Progress(args, out, saved if i == first else None, mark, kept, vit=vit,
+                            head=head, optimizer=optimizer, schedule=schedule, scaler=scaler)
+        order = range(progress.step * args.batch_size + RANK, args.steps * args.batch_size, WORLD)
+        train = loader(draws, args.batch_size // WORLD, sampler=order,
+                       num_workers=0 if args.freeze else args.workers)
+        score_of = partial(evaluate, vit, head, val, args.task, args.freeze, len(classes), device,
+                           dtype)
+        with progress:
+            for step, batch in enumerate(train, progress.step + 1):
+                batch = [(inputs.to(device, non_blocking=True),
+                          targets.to(device, non_blocking=True)) for inputs, targets in batch]
+                total, count = map(sum, zip(*(loss_of(vit, head, *part, args.task, args.freeze,
+                                                      dtype) for part in batch)))
+                count = average([count.to(total.dtype)])[0]
                 loss = total / count.clamp(min=1)       # crops may hold ignored pixels only
-                value = loss.item()
-                if not math.isfinite(value):
-                    raise InputError(f"{spec}: the loss is {value} at step {step}: try a lower "
-                                     f"--lr than {args.lr}")
+                if args.align:
+                    loss = loss + args.align * alignment(teacher, vit, batch[0][0], dtype)
                 scaler.scale(loss).backward()
+                average(p.grad for group in groups for p in group["params"])
                 scaler.unscale_(optimizer)
                 for group in groups:
                     nn.utils.clip_grad_norm_(group["params"], 1.0)
                 scaler.step(optimizer)
                 scaler.update()
-                rate = schedule.get_last_lr()[-1]
+                row = dict(weights=spec, lr=schedule.get_last_lr()[-1])
                 schedule.step()
                 optimizer.zero_grad()
-                log.write(json.dumps({"weights": spec, "step": step, "loss": value,
-                                      "lr": rate}) + "\n")
-                bar.update(args.batch_size)
-                bar.set_postfix(loss=f"{value:.4f}", lr=f"{rate:.1e}")
-        facts = dict(task=args.task, classes=classes, ids=ids, size=args.size, frozen=args.freeze,
-                     seed=args.seed, head_kind=args.head)
+                if step % args.every == 0:
+                    row["held_out"] = score_of()[0]
+                    if row["held_out"] > kept["best"]:
+                        kept["best"] = row["held_out"]
+                        save_vit(vit, out / f"{i}-{args.task}-best.safetensors", head=head,
+                                 stage=f"{stage}+finetune", **facts, best=dict(
+                                     step=step, score=kept["best"], chosen_on="held-out part"))
+                progress.done(average([loss.detach()])[0].item(), **row)
         checkpoint = out / f"{i}-{args.task}.safetensors"
         save_vit(vit, checkpoint, head=head, stage=f"{stage}+finetune", **facts)
-        score, per_class = evaluate(vit.eval(), head.eval(), val, args.task, args.freeze,
-                                    len(classes), device, dtype)
+        score, per_class = score_of()
         per_class = {name: None if math.isnan(value) else value
                      for name, value in zip(classes, per_class)}
         rows.append(dict(weights=spec, attention=vit.attention, stage=stage, score=score,
-                         metric="mIoU" if segment else "top-1", kept_head=kept,
+                         metric="mIoU" if segment else "top-1", kept_head=its_own,
                          held_out=len(val_source), per_class=per_class, steps=args.steps,
                          batch_size=args.batch_size, lr=args.lr, device=device, dtype=str(dtype),
-                         seconds=time.perf_counter() - start, checkpoint=str(checkpoint), **facts))
+                         seconds=progress.seconds, checkpoint=str(checkpoint), **facts))
         write_whole(out / "metrics.json", rows)
         if segment:                                     # a picture of the first photos
             held_out = Draws(val_source, read, whole)
@@ -683,9 +713,11 @@ def main(argv=None):
                 logits = [logits_of(vit, head, photo[None].to(device), args.task, False, dtype)
                           for photo, _ in shown]
             guesses.append((f"{spec}: {vit.attention}, mIoU {score:.1f}", [
-                upsampled_classes(x, mask.shape)[0].cpu() for x, (_, mask) in zip(logits, shown)]))
+                upsampled_classes(x, mask.shape)[0].byte().cpu()
+                for x, (_, mask) in zip(logits, shown)]))
 
-    if segment:
+    progress.finish()
+    if segment and RANK == 0:
         photos, masks = zip(*shown)
         picture(out / "segment.png", [("photo", photos), ("truth", masks), *guesses], classes, ids)
         print(f"\n{'IoU of class':25s} id", *(f"  row {i}" for i in range(len(rows))))

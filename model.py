@@ -1056,7 +1056,7 @@ class Progress:
         signal.signal(number, signal.SIG_IGN if WORLD > 1 else signal.SIG_DFL)
 
     def done(self, loss, **row):
-        """After each step: a line in the log, the bar, the state when it is due; may end the run."""
+        """After a step: a line in the log, the bar, the state when it is due; may end the run."""
         self.step, self.seconds = self.step + 1, time.perf_counter() - self.start
         if not math.isfinite(loss):
             raise InputError(f"the loss is {loss} at step {self.step}: try a lower --lr than "
@@ -1071,8 +1071,8 @@ class Progress:
         if stop or time.perf_counter() > self.due:
             self.save()
         if stop:
-            raise Stopped(self.signal or signal.SIGTERM, f"step {self.step}, {self.out / 'state.pt'}"
-                          ": the same command goes on from here")
+            raise Stopped(self.signal or signal.SIGTERM, f"step {self.step}, "
+                          f"{self.out / 'state.pt'}: the same command goes on from here")
 
     def save(self):
         self.log.flush()
