@@ -1,7 +1,6 @@
 """The network against torchvision, timm, published formulas and a real ViT; splits; demo."""
 import math
-import subprocess
-import sys
+import runpy
 from dataclasses import replace
 from functools import reduce
 
@@ -96,11 +95,7 @@ def test_the_grid_is_rows_then_columns_and_tokens_are_cls_then_registers_then_pa
     assert torch.equal(tokens[:, 1:5], vit.reg_token.expand(2, -1, -1))         # no position
     assert torch.allclose(tokens[:, 5:], vit.patch_embed.proj.bias + vit.pos_embed[:, 1:])
     assert grid == (3, 3) and vit.arch.prefix == 5
-
-
-def test_from_scratch_products_start_small_and_biases_at_zero():
-    torch.manual_seed(0)
-    for name, p in ViT(replace(TINY, layerscale=True)).named_parameters():
+    for name, p in ViT(replace(TINY, layerscale=True)).named_parameters():      # from scratch
         start = p == (not name.endswith("bias"))        # norms and LayerScale start at 1
         assert start.all() if p.ndim == 1 else 0.012 < p.std() < 0.028, name
 
@@ -148,11 +143,6 @@ def test_tokens_are_timms_and_our_student_runs_inside_timm(timm, name, tmp_path,
     vit = load_vit(f"ours={tmp_path / 'timm.safetensors'}")
     more = [(n * arch.patch, m * arch.patch) for n, m in ((9, 9), (5, 11))]
     tokens_agree(other, vit, arch.pixels, *more[:2 * (arch.position != "dinov2")])
-    if "clip" in name:                                  # its two GELUs differ by more than 1e-5
-        swapped, images = linearize(vit, "softmax"), seeded(1, 3, *arch.pixels)
-        for block in swapped.blocks:
-            block.mlp.act = "gelu" if arch.act == "quick_gelu" else "quick_gelu"
-        assert error(swapped(images), vit(images)) > 1e-3
 
     def forward(self, x, *args, **kwargs):              # timm's projections, our operator
         q, k, v = self.qkv(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
@@ -205,9 +195,9 @@ def test_every_family_is_linearized_saved_and_exported(arch, attention, tmp_path
         assert error(exported(images), tokens) <= 1e-6
 
 
-def test_the_listing():
-    said = subprocess.check_output([sys.executable, model.__file__], text=True)
-    rows = {line.split()[0]: line.split()[1:] for line in said.splitlines()}
+def test_the_listing(capsys):
+    runpy.run_path(model.__file__, run_name="__main__")
+    rows = {line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.splitlines()}
     assert list(rows) == ["name", *NAMES]
     C = 768                             # ViT-B/16: patches, CLS, positions, blocks, last norm
     count = 3 * 16 ** 2 * C + C + C + 197 * C + 12 * (12 * C * C + 13 * C) + 2 * C

@@ -15,9 +15,7 @@ from model import (ATTENTION, Attention, ViT, elu_plus_one, linear_attention, li
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 TWO = replace(TINY, width=128, heads=2)                 # heads of 64
 POSITIVE = ("linear", "relu", "relu2", "hedgehog")      # a feature map, and no more
-FAST = {"softmax": (softmax_attention, softmax_reference),
-        "linear": (linear_attention, linear_reference),
-        "relu": [partial(f, phi=torch.relu) for f in (linear_attention, linear_reference)]}
+REFERENCE = {"softmax": softmax_reference, "linear": linear_reference}
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 every_name = pytest.mark.parametrize("name", ATTENTION)
 every_mean = pytest.mark.parametrize("name", [name for name in ATTENTION if name != "linear_conv"])
@@ -39,50 +37,33 @@ def rounding(dtype, N):
     return 4 * torch.finfo(dtype).eps + N ** 0.5 * torch.finfo(wide).eps
 
 
-def operator(name, arch=TWO, dtype=torch.float64):
-    """-> (q, k, v) -> out; parameters random."""
-    module = randomise(ATTENTION[name](arch)).to(dtype)
-    return lambda q, k, v: module(q, k, v, (1, 1))
-
-
-WEIGHT = {                      # name -> weight of one key for one query, of the operator's module
-    "softmax": lambda q, k, _: torch.exp((q * k).sum(-1) / math.sqrt(q.shape[-1])),
-    "linear": lambda q, k, _: ((1 + F.elu(q)) * (1 + F.elu(k))).sum(-1),
-    "relu": lambda q, k, _: (q.clamp(min=1e-6) * k.clamp(min=1e-6)).sum(-1),
-    "relu2": lambda q, k, _: ((F.relu(q) ** 2 + 1e-4) * (F.relu(k) ** 2 + 1e-4)).sum(-1),
-    "hedgehog": lambda q, k, own: sum(
-        ((s * torch.einsum("hij,bhj->bhi", own.map_q, q)).softmax(-1)
-         * (s * torch.einsum("hij,bhj->bhi", own.map_k, k)).softmax(-1)).sum(-1) for s in (1, -1)),
+WEIGHTS = {                     # name -> (B, H, queries, keys), the operator's module given
+    "softmax": lambda q, k, _: (q @ k.mT / math.sqrt(q.shape[-1])).exp(),
+    "linear": lambda q, k, _: (1 + F.elu(q)) @ (1 + F.elu(k)).mT,
+    "relu": lambda q, k, _: q.clamp(min=1e-6) @ k.clamp(min=1e-6).mT,
+    "relu2": lambda q, k, _: (F.relu(q) ** 2 + 1e-4) @ (F.relu(k) ** 2 + 1e-4).mT,
+    "hedgehog": lambda q, k, own: sum((s * q @ own.map_q.mT).softmax(-1)
+                                      @ (s * k @ own.map_k.mT).softmax(-1).mT for s in (1, -1)),
 }
-WEIGHT["softmax_reference"] = WEIGHT["softmax"]
-
-
-@every_mean
-def test_operators_are_their_definitions_pair_by_pair_and_so_are_gradients(name):
-    """Through Attention.attend, which lays the heads side by side."""
-    block, (q, k, v) = randomise(Attention(TWO, name).double()), clustered(7)
-    want = torch.zeros_like(v)
-    for i in range(7):
-        w = [WEIGHT[name](q[..., i, :], k[..., j, :], block.operator) for j in range(7)]
-        w = torch.stack(w, dim=-1) / sum(w).unsqueeze(-1)               # (1, H, keys)
-        want[..., i, :] = torch.einsum("bhj,bhjd->bhd", w, v)
-    found = block.attend(q, k, v, (1, 7))
-    assert error(found, torch.cat([want[:, 0], want[:, 1]], dim=-1)) <= 1e-10
-    small = [x.requires_grad_() for x in clustered(6, D=5, clusters=3)]
-    assert torch.autograd.gradcheck(operator(name, replace(TINY, width=10, heads=2)), small)
+WEIGHTS["softmax_reference"] = WEIGHTS["softmax"]
 
 
 @pytest.mark.parametrize("queries, keys", [(5, 5), (50, 50), (64, 129), (3, 300), (1, 1)])
-@pytest.mark.parametrize("name", FAST)
-def test_fast_forms_equal_the_written_out_ones_and_so_do_gradients(name, queries, keys):
+@every_mean
+def test_operators_and_their_gradients_are_the_definitions(name, queries, keys):
+    operator = randomise(ATTENTION[name](TWO)).double()
     inputs = [seeded(2, 2, n, 64, seed=i, dtype=torch.float64).requires_grad_()
               for i, n in enumerate((queries, keys, keys))]
-    pull, results = seeded(2, 2, queries, 64, seed=3, dtype=torch.float64), []
-    for form in FAST[name]:
-        out = form(*inputs)
-        results.append([out, *torch.autograd.grad(out, inputs, pull)])
-    for found, truth in zip(*results):
-        assert torch.allclose(found, truth, rtol=1e-10, atol=1e-12)
+    weights = WEIGHTS[name](*inputs[:2], operator)
+    truth = weights / weights.sum(-1, keepdim=True) @ inputs[2]
+    pull = seeded(2, 2, queries, 64, seed=3, dtype=torch.float64)
+    for form in (operator, REFERENCE.get(name)):
+        if form is not None:
+            out = form(*inputs, *[(1, keys)] * (form is operator))
+            pairs = zip(*(torch.autograd.grad(x, inputs, pull, retain_graph=True)
+                          for x in (out, truth)))
+            for found, want in ((out, truth), *pairs):
+                assert torch.allclose(found, want, rtol=1e-10, atol=1e-12)
 
 
 @every_dtype
@@ -123,13 +104,13 @@ def test_half_precision_is_as_good_as_rounding_the_exact_result(dtype, limit, N,
 
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 def test_half_precision_gradients(dtype):
-    inputs = [x.to(dtype).requires_grad_() for x in clustered(4096)]
-    exact = [x.detach().double().requires_grad_() for x in inputs]
-    pull = seeded(*inputs[0].shape).to(dtype)           # gradient of some loss
-    found = torch.autograd.grad(linear_attention(*inputs), inputs, pull)
-    truth = torch.autograd.grad(linear_attention(*exact), exact, pull.double())
-    for a, b in zip(found, truth):                      # four roundings, each by half an eps
-        assert error(a, b) <= 4 * torch.finfo(dtype).eps / 2
+    inputs, gradients = [x.to(dtype) for x in clustered(4096)], []
+    for leaves in (inputs, [x.double() for x in inputs]):
+        leaves = [x.requires_grad_() for x in leaves]
+        pull = seeded(*inputs[0].shape).to(dtype).to(leaves[0].dtype)
+        gradients.append(torch.autograd.grad(linear_attention(*leaves), leaves, pull))
+    for found, truth in zip(*gradients):                # four roundings, each by half an eps
+        assert error(found, truth) <= 4 * torch.finfo(dtype).eps / 2
 
 
 @pytest.mark.parametrize("attention", POSITIVE)
@@ -150,11 +131,12 @@ def test_under_autocast_a_linear_vit_loses_no_more_than_a_softmax_vit(attention)
 @every_dtype
 @every_mean
 def test_constants_stay_and_the_order_of_keys_is_without_meaning(name, dtype):
-    (q, k, v), call = (x.to(dtype) for x in clustered(1000)), operator(name, dtype=dtype)
-    out = call(q, k, torch.full_like(v, 0.7))
+    q, k, v = (x.to(dtype) for x in clustered(1000))
+    attend = partial(randomise(ATTENTION[name](TWO)).to(dtype), grid=(1, 1))
+    out = attend(q, k, torch.full_like(v, 0.7))
     assert out.dtype == dtype and (out.double() - 0.7).abs().max() <= rounding(dtype, 1000)
-    found = call(q, k.flip(-2), v.flip(-2))
-    assert error(found, call(q, k, v)) <= rounding(dtype, 1000)
+    found = attend(q, k.flip(-2), v.flip(-2))
+    assert error(found, attend(q, k, v)) <= rounding(dtype, 1000)
 
 
 @every_dtype
