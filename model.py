@@ -28,7 +28,6 @@ import zlib
 from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
-from http.client import HTTPException
 from itertools import count, product
 from pathlib import Path
 from urllib.parse import urljoin
@@ -317,8 +316,7 @@ class ViT(nn.Module):
     def __init__(self, arch, attention="softmax"):
         super().__init__()
         if attention not in ATTENTION:
-            raise InputError(f"attention '{attention}' is unknown: expected one of "
-                             f"{', '.join(ATTENTION)}")
+            raise InputError(f"attention '{attention}' is unknown: expected {', '.join(ATTENTION)}")
         self.arch, self.attention, self.facts = arch, attention, {}
         self.patch_embed = PatchEmbed(arch)
         if arch.position != "rotary":
@@ -368,8 +366,7 @@ class ViT(nn.Module):
 
     def embed(self, images):
         """Normalised images (B, 3, H, W) -> tokens (B, 1+R+N, C) before the first block, grid."""
-        B, _, height, width = images.shape
-        grid, x = self.grid(height, width), self.patch_embed(images)
+        grid, x = self.grid(*images.shape[2:]), self.patch_embed(images)
         tokens = [self.cls_token] if self.arch.cls else []
         tokens += [self.reg_token] if self.arch.registers else []
         if self.arch.position != "rotary":
@@ -377,7 +374,7 @@ class ViT(nn.Module):
             x = x + table
             if self.arch.cls_position:                  # registers never have a position
                 tokens[0] = tokens[0] + cls_position
-        x = torch.cat([*(token.expand(B, -1, -1) for token in tokens), x], dim=1)
+        x = torch.cat([*(token.expand(len(x), -1, -1) for token in tokens), x], dim=1)
         return self.norm_pre(x), grid
 
     def forward(self, images):
@@ -426,13 +423,12 @@ for names, facts in FAMILIES.items():
     for name in map("".join, product(*(part.split(",") for part in re.split("[{}]", names)))):
         width, depth = SIZES[name.split("_")[1]]
         patch, pixels = re.search(r"patch(\d+).*?(?:_(\d+))?\.", name).groups()
-        grid = {"grid": (int(pixels) // int(patch),) * 2} if pixels else {}
-        KNOWN[name] = Architecture(width, depth, width // 64, 4 * width, int(patch),
-                                   **grid, **facts)
+        patch, grid = int(patch), {"grid": (int(pixels) // int(patch),) * 2} if pixels else {}
+        KNOWN[name] = Architecture(width, depth, width // 64, 4 * width, patch, **grid, **facts)
 MARK = "patch_embed.proj.weight"                        # every ViT has it, by timm's name
 OTHER_TASKS = ("head", "mask_token", "fc_norm", "attn_pool")            # no part of a backbone
-RENAMED = {r"^(blocks\.\d+\.)gamma_([12])$": r"\1ls\2.gamma",           # timm's DINOv3
-           r"^(blocks\.\d+\.attn\.)map_([qk])\.weight$": r"\1operator.map_\2"}        # our first
+RENAMED = {r"^(blocks\.\d+\.)gamma_([12])$": r"\1ls\2.gamma",           # by timm, of DINOv3
+           r"^(blocks\.\d+\.attn\.)map_([qk])\.weight$": r"\1operator.map_\2"}    # once by us
 
 
 class HubsReply(HTTPRedirectHandler):
@@ -459,7 +455,7 @@ def download(name):
         digest = re.fullmatch('"(.{64})"', reply.headers.get("X-Linked-ETag", ""))
         torch.hub.download_url_to_file(url, str(path), hash_prefix=digest and digest[1])
         read_weights(path)                              # refuses another length than its header's
-    except (OSError, RuntimeError, ValueError, HTTPException, InputError) as error:
+    except Exception as error:                          # networks fail in nearly any way
         path.unlink(missing_ok=True)                    # a cut file must not stay in the cache
         raise InputError(f"{name} could not be downloaded from {url} ({one_line(error)}): get that "
                          f"file by other means and put it at {path}") from None
@@ -676,13 +672,13 @@ def walk(folder, above=()):
     """Every file below a folder, sorted; links are followed, but not in circles; no dot names."""
     above = (*above, os.path.realpath(folder))
     for path in sorted(Path(folder).iterdir()):
-        if path.name.startswith(".") or os.path.realpath(path) in above:
+        if path.name.startswith("."):
             continue
         if not path.is_dir():
             yield path
         elif (mark := path / "run.json").is_file() and b'"script"' in mark.read_bytes():
             print(f"{path}: left out, a run of this program wrote it")
-        else:
+        elif os.path.realpath(path) not in above:
             yield from walk(path, above)
 
 

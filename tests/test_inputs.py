@@ -209,14 +209,15 @@ def test_listing(tmp_path, capsys):
     """Links are followed, in no circles and into no run; dot names are not looked at; the rest is
     counted."""
     top, away = tmp_path / "top", put(tmp_path / "away/e.jpg").parent
-    for name in "a.jpg b.JPG deep/er/c.png ._a.jpg .ipynb/d.jpg x.gif y.gif z.txt README".split():
+    kept = ["a.jpg", "b.JPG", "deep/er/c.png", "p.webp", "q.tif", "r.tiff", "s.bmp", "t.ppm"]
+    for name in (*kept, "._a.jpg", ".ipynb/d.jpg", "x.gif", "y.gif", "z.txt", "README"):
         put(top / name, format="PNG")
     (put(tmp_path / "out/f.jpg").parent / "run.json").write_text('{"script": ""}')
     for link, to in (("top/l1", away), ("top/l2", away), ("top/up", top), ("away/up", top),
                      ("top/run", tmp_path / "out")):
         (tmp_path / link).symlink_to(to)
-    want = "a.jpg b.JPG deep/er/c.png l1/e.jpg l2/e.jpg"
-    assert find_images(top) == [str(top / name) for name in want.split()]
+    want = sorted([*kept, "l1/e.jpg", "l2/e.jpg"])
+    assert find_images(top) == [str(top / name) for name in want]
     run, said = capsys.readouterr().out.splitlines()
     assert f"{top / 'run'}: left out" in run and len(find_images(tmp_path / "out")) == 1
     assert all(part in said for part in ("4 files", "2 .gif", "1 .txt", "1 without suffix"))

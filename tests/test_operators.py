@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from conftest import TINY, error, randomise, refusal, same, seeded, varying
-from model import (ATTENTION, Attention, ViT, elu_plus_one, linear_attention, linear_reference,
-                   linearize, load_vit, save_vit, softmax_attention, softmax_reference)
+from model import (ATTENTION, ViT, elu_plus_one, linear_attention, linear_reference, linearize,
+                   load_vit, save_vit, softmax_reference)
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 TWO = replace(TINY, width=128, heads=2)                 # heads of 64
@@ -55,15 +55,13 @@ def test_operators_and_their_gradients_are_the_definitions(name, queries, keys):
     inputs = [seeded(2, 2, n, 64, seed=i, dtype=torch.float64).requires_grad_()
               for i, n in enumerate((queries, keys, keys))]
     weights = WEIGHTS[name](*inputs[:2], operator)
-    truth = weights / weights.sum(-1, keepdim=True) @ inputs[2]
+    out = weights / weights.sum(-1, keepdim=True) @ inputs[2]
     pull = seeded(2, 2, queries, 64, seed=3, dtype=torch.float64)
-    for form in (operator, REFERENCE.get(name)):
-        if form is not None:
-            out = form(*inputs, *[(1, keys)] * (form is operator))
-            pairs = zip(*(torch.autograd.grad(x, inputs, pull, retain_graph=True)
-                          for x in (out, truth)))
-            for found, want in ((out, truth), *pairs):
-                assert torch.allclose(found, want, rtol=1e-10, atol=1e-12)
+    truth = [out, *torch.autograd.grad(out, inputs, pull)]
+    for form in filter(None, (partial(operator, grid=(1, keys)), REFERENCE.get(name))):
+        out = form(*inputs)
+        for found, want in zip([out, *torch.autograd.grad(out, inputs, pull)], truth):
+            assert torch.allclose(found, want, rtol=1e-10, atol=1e-12)
 
 
 @every_dtype
@@ -83,7 +81,6 @@ def test_elu_plus_one_and_its_slope(dtype):
     if dtype == torch.float64:
         assert torch.allclose(y, 1 + F.elu(x), rtol=0, atol=1e-14)
         x = seeded(4, 5, dtype=dtype).requires_grad_()
-        assert torch.autograd.gradcheck(elu_plus_one, x)
         assert torch.autograd.gradgradcheck(elu_plus_one, x)
 
 
