@@ -99,7 +99,7 @@ def test_out_over_what_is_read(world, stage, flag, way):
     box.mkdir()
     inside = given.rename(box / given.name)
     for folder in (box, inside) if inside.is_dir() else (box,):
-        (folder / "run.json").write_text("{}")
+        (folder / "run.json").write_text('{"script": ""}')
     given, out = inside, {"is": inside, "lies in": inside / "new"}.get(way, box)
     if way == "input is a link":
         (given := world / "link").symlink_to(inside)
@@ -358,6 +358,7 @@ def test_class_folders(tmp_path, capsys, monkeypatch):
     put(tmp_path / "pets/train/loose.jpg")
     train, val, classes, _ = load_data("pets", "classify", 255)
     assert classes == ["cats", "dogs", "masks"] and (len(train), len(val)) == (3, 2)
+    assert [*map(len, model.unlabelled(["pets"]))] == [4, 2]            # with the loose one
     assert "66.67 % of train   50.00 % of val" in (said := capsys.readouterr().out)
     (tmp_path / "pets/val/dogs/0.jpg").write_bytes(b"junk")
     assert "dogs/0.jpg" in refusal(load_data, "pets", "classify", 255) and "1 .jpg" in said
