@@ -28,15 +28,15 @@ import signal
 import sys
 import time
 import zlib
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
-from http.client import HTTPException
 from itertools import count, product
 from pathlib import Path
 from urllib.parse import urljoin
 from urllib.request import HTTPRedirectHandler, Request, build_opener
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn as nn
@@ -322,8 +322,7 @@ class ViT(nn.Module):
     def __init__(self, arch, attention="softmax"):
         super().__init__()
         if attention not in ATTENTION:
-            raise InputError(f"attention '{attention}' is unknown: expected one of "
-                             f"{', '.join(ATTENTION)}")
+            raise InputError(f"attention '{attention}' is unknown: expected {', '.join(ATTENTION)}")
         self.arch, self.attention, self.facts = arch, attention, {}
         self.patch_embed = PatchEmbed(arch)
         if arch.position != "rotary":
@@ -373,8 +372,7 @@ class ViT(nn.Module):
 
     def embed(self, images):
         """Normalised images (B, 3, H, W) -> tokens (B, 1+R+N, C) before the first block, grid."""
-        B, _, height, width = images.shape
-        grid, x = self.grid(height, width), self.patch_embed(images)
+        grid, x = self.grid(*images.shape[2:]), self.patch_embed(images)
         tokens = [self.cls_token] if self.arch.cls else []
         tokens += [self.reg_token] if self.arch.registers else []
         if self.arch.position != "rotary":
@@ -382,7 +380,7 @@ class ViT(nn.Module):
             x = x + table
             if self.arch.cls_position:                  # registers never have a position
                 tokens[0] = tokens[0] + cls_position
-        x = torch.cat([*(token.expand(B, -1, -1) for token in tokens), x], dim=1)
+        x = torch.cat([*(token.expand(len(x), -1, -1) for token in tokens), x], dim=1)
         return self.norm_pre(x), grid
 
     def forward(self, images):
@@ -402,54 +400,45 @@ HALF = dict(mean=(0.5,) * 3, std=(0.5,) * 3)
 CLIP = dict(norm_pre=True, eps=1e-5, mean=(0.48145466, 0.4578275, 0.40821073),
             std=(0.26862954, 0.26130258, 0.27577711))
 QUICK = CLIP | dict(act="quick_gelu")
-DINOV2 = dict(layerscale=True, position="dinov2")
-REGISTERS = dict(layerscale=True, registers=4, cls_position=False)
-DINOV3 = REGISTERS | dict(position="rotary", qkv_bias=False, eps=1e-5)
+DINOV2 = dict(layerscale=True, position="dinov2", grid=(37, 37))
+REGISTERS = dict(layerscale=True, registers=4, cls_position=False, grid=(37, 37))
+DINOV3 = REGISTERS | dict(position="rotary", qkv_bias=False, eps=1e-5, grid=(16, 16))
 SIGLIP = HALF | dict(cls=False, cls_position=False)
 DEIT3 = dict(layerscale=True, cls_position=False)
 LICENCES = {"lvd1689m": "dinov3-license", "laion400m_e32": "mit"}       # by tag; others: apache-2.0
-FAMILIES = (            # timm's name, sizes, tags (without one: the first), native pixels, the rest
-    ("vit_{}_patch14_dinov2", "small base large", "lvd142m", 518, DINOV2),
-    ("vit_{}_patch14_reg4_dinov2", "small base large", "lvd142m", 518, REGISTERS),
-    ("vit_{}_patch16_dinov3", "small base large", "lvd1689m", 256, DINOV3),
-    ("vit_{}_patch16_clip_quickgelu_224", "base", "openai", 224, QUICK),
-    ("vit_{}_patch32_clip_quickgelu_224", "base", "openai laion400m_e32", 224, QUICK),
-    ("vit_{}_patch14_clip_quickgelu_224", "large", "openai", 224, QUICK),
-    ("vit_{}_patch16_clip_224", "base", "laion2b openai", 224, CLIP),
-    ("vit_{}_patch32_clip_224", "base", "laion2b openai", 224, CLIP),
-    ("vit_{}_patch14_clip_224", "large", "laion2b", 224, CLIP | HALF),
-    ("vit_{}_patch14_clip_224", "large", "openai", 224, CLIP),
-    ("vit_{}_patch16_siglip_224", "base", "webli v2_webli", 224, SIGLIP),
-    ("vit_{}_patch16_siglip_256", "base large", "webli v2_webli", 256, SIGLIP),
-    ("vit_{}_patch16_siglip_384", "base large", "webli v2_webli", 384, SIGLIP),
-    ("vit_{}_patch16_siglip_512", "base", "webli v2_webli", 512, SIGLIP),
-    ("vit_{}_patch16_224", "base", "augreg2_in21k_ft_in1k", 224, HALF),
-    ("vit_{}_patch16_224", "tiny small base large", "augreg_in21k_ft_in1k augreg_in21k", 224, HALF),
-    ("vit_{}_patch16_384", "tiny small base large", "augreg_in21k_ft_in1k", 384, HALF),
-    ("vit_{}_patch16_224", "small base", "dino", 224, {}),
-    ("vit_{}_patch8_224", "small base", "dino", 224, {}),
-    ("deit_{}_patch16_224", "tiny small base", "fb_in1k", 224, {}),
-    ("deit_{}_patch16_384", "base", "fb_in1k", 384, {}),
-    ("deit3_{}_patch16_224", "small base large", "fb_in1k fb_in22k_ft_in1k", 224, DEIT3),
-    ("deit3_{}_patch16_384", "small base large", "fb_in1k fb_in22k_ft_in1k", 384, DEIT3),
-)
+FAMILIES = {            # timm's name.tag, {a,b}: one name with a, one with b -> what is not default
+    "vit_{small,base,large}_patch14_dinov2.lvd142m": DINOV2,
+    "vit_{small,base,large}_patch14_reg4_dinov2.lvd142m": REGISTERS,
+    "vit_{small,base,large}_patch16_dinov3.lvd1689m": DINOV3,
+    "vit_{base_patch16,base_patch32,large_patch14}_clip_quickgelu_224.openai": QUICK,
+    "vit_base_patch32_clip_quickgelu_224.laion400m_e32": QUICK,
+    "vit_base_patch{16,32}_clip_224.{laion2b,openai}": CLIP,
+    "vit_large_patch14_clip_224.laion2b": CLIP | HALF,
+    "vit_large_patch14_clip_224.openai": CLIP,
+    "vit_base_patch16_siglip_{224,256,384,512}.{webli,v2_webli}": SIGLIP,
+    "vit_large_patch16_siglip_{256,384}.{webli,v2_webli}": SIGLIP,
+    "vit_base_patch16_224.augreg2_in21k_ft_in1k": HALF,
+    "vit_{tiny,small,base,large}_patch16_224.{augreg_in21k_ft_in1k,augreg_in21k}": HALF,
+    "vit_{tiny,small,base,large}_patch16_384.augreg_in21k_ft_in1k": HALF,
+    "vit_{small,base}_patch{16,8}_224.dino": {},
+    "deit_{tiny_patch16_224,small_patch16_224,base_patch16_224,base_patch16_384}.fb_in1k": {},
+    "deit3_{small,base,large}_patch16_{224,384}.{fb_in1k,fb_in22k_ft_in1k}": DEIT3,
+}
 KNOWN = {"demo": Architecture(96, 6, 3, 384, patch=8, grid=(8, 8))}     # name.tag -> Architecture
-for template, sizes, tags, pixels, rest in FAMILIES:
-    for name, tag in product(map(template.format, sizes.split()), tags.split()):
-        (width, depth), patch = SIZES[name.split("_")[1]], int(re.search(r"patch(\d+)", name)[1])
-        KNOWN[f"{name}.{tag}"] = Architecture(width, depth, width // 64, 4 * width, patch,
-                                              (pixels // patch,) * 2, **rest)
+for names, facts in FAMILIES.items():
+    for name in map("".join, product(*(part.split(",") for part in re.split("[{}]", names)))):
+        width, depth = SIZES[name.split("_")[1]]
+        patch, pixels = re.search(r"patch(\d+).*?(?:_(\d+))?\.", name).groups()
+        patch, grid = int(patch), {"grid": (int(pixels) // int(patch),) * 2} if pixels else {}
+        KNOWN[name] = Architecture(width, depth, width // 64, 4 * width, patch, **grid, **facts)
 MARK = "patch_embed.proj.weight"                        # every ViT has it, by timm's name
-OTHERS = {"embeddings.patch_embed": "transformers", "encoder.layers.encoder_layer": "torchvision",
-          "transformer.resblocks": "open_clip"}         # a part of a name -> who names tensors so
 OTHER_TASKS = ("head", "mask_token", "fc_norm", "attn_pool")            # no part of a backbone
-RENAMED = {"gamma_1": "ls1.gamma", "gamma_2": "ls2.gamma",              # timm's DINOv3
-           "attn.map_q.weight": "attn.operator.map_q",                  # this code's first version
-           "attn.map_k.weight": "attn.operator.map_k"}
+RENAMED = {r"^(blocks\.\d+\.)gamma_([12])$": r"\1ls\2.gamma",           # by timm, of DINOv3
+           r"^(blocks\.\d+\.attn\.)map_([qk])\.weight$": r"\1operator.map_\2"}    # once by us
 
 
 class HubsReply(HTTPRedirectHandler):
-    """The hub's own reply has the file's length and sha256; that of its store has neither."""
+    """The hub's own reply has the file's sha256; that of its store on another host has not."""
 
     def http_error_302(self, request, reply, code, message, headers):
         if not urljoin(request.full_url, headers.get("Location", "")).startswith(HUB):
@@ -460,7 +449,7 @@ class HubsReply(HTTPRedirectHandler):
 
 
 def download(name):
-    """A known ViT's file, fetched once into torch.hub's folder, checked by length and sha256."""
+    """A known ViT's file, fetched once into torch.hub's folder, checked by sha256 and length."""
     repository = name.replace("_quickgelu", "")         # timm keeps one file for both activations
     url = f"{HUB}/timm/{repository}/resolve/main/model.safetensors"
     path = Path(torch.hub.get_dir(), "checkpoints", f"{repository}.safetensors")
@@ -468,14 +457,11 @@ def download(name):
         return path
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        reply = build_opener(HubsReply).open(Request(url, method="HEAD"), timeout=30).headers
-        digest = reply.get("X-Linked-ETag", "").strip('"')
-        digest = digest if len(digest) == 64 else None  # small files have another kind of tag
-        torch.hub.download_url_to_file(url, str(path), hash_prefix=digest)
-        if (size := int(reply.get("X-Linked-Size", 0))) not in (0, path.stat().st_size):
-            raise InputError(f"expected {size} bytes, found {path.stat().st_size}")
-        read_weights(path)
-    except (OSError, RuntimeError, ValueError, HTTPException, InputError) as error:
+        reply = build_opener(HubsReply).open(Request(url, method="HEAD"), timeout=30)
+        digest = re.fullmatch('"(.{64})"', reply.headers.get("X-Linked-ETag", ""))
+        torch.hub.download_url_to_file(url, str(path), hash_prefix=digest and digest[1])
+        read_weights(path)                              # refuses another length than its header's
+    except Exception as error:                          # networks fail in nearly any way
         path.unlink(missing_ok=True)                    # a cut file must not stay in the cache
         raise InputError(f"{name} could not be downloaded from {url} ({one_line(error)}): get that "
                          f"file by other means and put it at {path}") from None
@@ -485,10 +471,10 @@ def download(name):
 
 def weights_file(spec):
     """NAME, FILE or NAME=FILE -> (path, its name in KNOWN or None); a NAME is downloaded once."""
-    name, _, file = str(spec).partition("=")
-    name = next((known for known in KNOWN if name in (known, known.partition(".")[0])), None)
     if Path(spec).is_file():
         return Path(spec), None
+    name, _, file = str(spec).partition("=")
+    name = next((known for known in KNOWN if name in (known, known.partition(".")[0])), None)
     if name is None or name == "demo" and not file:     # the demo's file is in demo/, not online
         raise InputError(f"{spec} is neither a weight file nor a known name: expected a file, "
                          "NAME=FILE, or a name that `python model.py` lists")
@@ -499,8 +485,9 @@ def weights_file(spec):
 
 
 def one_line(error):
-    """The message of a library's error, at most 300 characters of one line."""
-    return (" ".join(str(error).split()) or type(error).__name__)[:300]
+    """What a library's error says, in 300 characters at most, without torch.load's advice."""
+    message = str(error).rpartition("WeightsUnpickler error:")[2]
+    return (" ".join(message.split()) or type(error).__name__)[:300]
 
 
 def read_weights(path):
@@ -510,44 +497,30 @@ def read_weights(path):
         if content[8:9] == b"{":                        # safetensors: 8 bytes of length, then JSON
             header = json.loads(content[8:8 + int.from_bytes(content[:8], "little")])
             return load(content), json.loads(header.get("__metadata__", {}).get("adala", "{}"))
-        tensors = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such weight file") from None
+        tree = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        tensors = {}                                    # {"model": {"a": 1}} -> {"model/a": 1}
+        for key, value in tree.items():
+            inner = value.items() if isinstance(value, dict) else ()
+            tensors |= {f"{key}/{name}": tensor for name, tensor in inner} or {str(key): value}
+        return tensors, {}
     except Exception as error:                          # junk makes readers raise nearly anything
-        found = re.search(r"GLOBAL ([\w.]+)", str(error))
-        why = (f"holds more than tensors, {found[1]}: re-save its state_dict" if found else
-               f"is no weight file, or cut or damaged: {one_line(error)}")
-        raise InputError(f"{path} {why}") from None
-    tensors = tensors if isinstance(tensors, dict) else {}
-    groups = {key: group for key, group in tensors.items() if isinstance(group, dict)}
-    groups["no key"] = tensors
-    vits = [key for key, group in groups.items() if any(MARK in str(name) for name in group)]
-    if len(vits) > 1:                                   # DINO's {"student": ..., "teacher": ...}
-        raise InputError(f"{path} holds several ViTs, {vits}: re-save the one you mean")
-    return groups[(vits or list(groups))[0]], {}
+        raise InputError(f"{path} is no readable state_dict: {one_line(error)}") from None
 
 
 def clean(tensors, path):
     """Anybody's tensors -> timm's names, without wrappers' prefixes and other tasks' tensors."""
-    prefixes = [str(name).removesuffix(MARK) for name in tensors if str(name).endswith(MARK)]
-    if len(prefixes) != 1:
-        names = ", ".join(prefixes or list(map(str, tensors))[:3]) or "no tensors"
-        who = [who for part, who in OTHERS.items() if any(part in str(name) for name in tensors)]
-        raise InputError(f"it holds {len(prefixes)} ViTs with timm's names, expected one; found "
-                         f"{' '.join([*who, 'names:'])} {names}")
-    left_out, kept = [], {}
-    for full, tensor in tensors.items():
-        full = str(full)
-        name = full.removeprefix(prefixes[0])
-        if not full.startswith(prefixes[0]) or name.startswith(OTHER_TASKS):
-            left_out.append(full)
-            continue
-        for old, new in RENAMED.items():
-            name = name if ".operator." in name else name.replace(old, new)
-        kept[name] = tensor
-    if prefixes[0] or not all(name.startswith("head.") for name in left_out):   # not our own heads
-        removed = f"prefix '{prefixes[0]}' removed, " if prefixes[0] else ""
-        print(f"{path}: {removed}left out: {', '.join(left_out) or 'nothing'}")
+    prefixes = [name.removesuffix(MARK) for name in tensors if name.endswith(MARK)]
+    if len(prefixes) != 1:                              # DINO's {"student": ..., "teacher": ...}
+        raise InputError(f"expected one ViT with timm's names, found {len(prefixes)}: "
+                         f"{', '.join(prefixes or list(tensors)[:3]) or 'no tensors'}")
+    prefix = prefixes[0]
+    kept = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()
+            if name.startswith(prefix) and not name.removeprefix(prefix).startswith(OTHER_TASKS)}
+    left_out = sorted(tensors.keys() - {prefix + name for name in kept})
+    if prefix or not all(name.startswith("head.") for name in left_out):    # not our own heads
+        print(f"{path}: prefix '{prefix}', left out: {', '.join(left_out) or 'nothing'}")
+    for pattern, new in RENAMED.items():
+        kept = {re.sub(pattern, new, name): tensor for name, tensor in kept.items()}
     if {"register_tokens", "pos_embed", "cls_token"} <= kept.keys():    # DINOv2's own: timm adds
         kept["reg_token"] = kept.pop("register_tokens")                 # CLS's position to CLS
         cls_position, kept["pos_embed"] = kept["pos_embed"].tensor_split([1], dim=1)
@@ -564,16 +537,15 @@ def load_vit(spec, attention=None):
     Raises InputError: not readable; any tensor missing, unexpected, mis-shaped, integer or NaN.
     """
     path, name = weights_file(spec)
-    tensors, header = read_weights(path)
-    if not header and name is None:
+    tensors, facts = read_weights(path)
+    if not facts and name is None:
         raise InputError(f"{path} does not say which ViT it is: write NAME={path} with a NAME that "
                          "`python model.py` lists")
     try:
-        tensors = clean(tensors, path)
         saved = {key: tuple(value) if isinstance(value, list) else value
-                 for key, value in header.get("architecture", {}).items() if key != "interpolation"}
-        arch = Architecture(**saved) if header else KNOWN[name]
-        model = ViT(arch, header.get("attention", "softmax"))
+                 for key, value in facts.pop("architecture", {}).items() if key != "interpolation"}
+        arch = KNOWN[name] if not saved and name else Architecture(**saved)
+        model, tensors = ViT(arch, facts.pop("attention", "softmax")), clean(tensors, path)
         bad = [key for key, tensor in tensors.items()
                if not tensor.is_floating_point() or not tensor.isfinite().all()]
         if bad:
@@ -587,7 +559,7 @@ def load_vit(spec, attention=None):
         print(f"{path}: read as {name}, mean {arch.mean}, std {arch.std}, "
               f"positions by the rule '{arch.position}'")
     model = model if attention in (None, model.attention) else linearize(model, attention)
-    model.facts = {k: v for k, v in header.items() if k not in ("architecture", "attention")}
+    model.facts = facts
     return model.eval()
 
 
@@ -605,11 +577,11 @@ def load_pair(teacher, student=None, attention=None):
     student: a file that this teacher aligned; None starts from the teacher's weights.
     """
     theirs, digest = load_vit(teacher), hashlib.sha256()
+    if theirs.attention != "softmax":
+        raise InputError(f"{teacher} cannot teach: expected softmax, found {theirs.attention}")
     for name, tensor in sorted(theirs.state_dict().items()):
         digest.update(name.encode() + tensor.numpy().tobytes())
     digest = digest.hexdigest()
-    if theirs.attention != "softmax":
-        raise InputError(f"{teacher} cannot teach: expected softmax, found {theirs.attention}")
     if student is None:
         return theirs, linearize(theirs, attention or "linear"), digest
     ours = load_vit(student)
@@ -625,15 +597,14 @@ def write_whole(path, content):
     """Write bytes, or anything else as JSON, so that the file appears whole or not at all."""
     if RANK > 0:
         return
-    part = f"{Path(path).parent}/.{Path(path).name}.part"
+    part = Path(path).with_name(f".{Path(path).name}.part")
     try:
         if not isinstance(content, bytes):
             content = json.dumps(content, indent=1, allow_nan=False).encode()
-        Path(part).write_bytes(content)
-        os.replace(part, path)
+        part.write_bytes(content)
+        part.replace(path)
     except (OSError, ValueError) as error:              # no room, or NaN where a number should be
-        if os.path.exists(part):
-            os.unlink(part)
+        part.unlink(missing_ok=True)
         raise InputError(f"{path} could not be written: {one_line(error)}") from None
 
 
@@ -641,7 +612,7 @@ def save_vit(model, path, head=None, **facts):
     """Write a ViT, and a task head as head.*, with architecture, operator and facts as a header."""
     tensors = model.state_dict()
     if model.arch.position == "rotary":                 # timm's names, so that timm reads students
-        tensors = {name.replace("ls1.gamma", "gamma_1").replace("ls2.gamma", "gamma_2"): tensor
+        tensors = {re.sub(r"^(blocks\.\d+\.)ls([12])\.gamma$", r"\1gamma_\2", name): tensor
                    for name, tensor in tensors.items()}
     tensors |= {f"head.{name}": t for name, t in (head.state_dict() if head else {}).items()}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
@@ -677,9 +648,8 @@ def decode(source, short=None):
         upright = ImageOps.exif_transpose(image)
         upright.format = image.format
         return upright
-    except Exception as error:      # junk makes the decoders raise nearly anything
-        known = isinstance(error, UnidentifiedImageError)
-        why = "of no format that Pillow knows" if known else one_line(error)
+    except Exception as error:                          # junk makes decoders raise nearly anything
+        why = "unknown format" if isinstance(error, UnidentifiedImageError) else one_line(error)
         raise InputError(f"{source} is not a readable image: {why}") from None
 
 
@@ -693,40 +663,39 @@ def read_image(source, short=None):
     if isinstance(source, torch.Tensor):
         return source
     image = decode(source, short)
-    if image.mode == "F" or image.mode.startswith("I"):
-        pixels = pil_to_tensor(image if image.mode == "F" else image.convert("I"))
-        pixels = pixels if image.mode == "F" else pixels / 65535
-        known = image.mode != "I" or image.format == "PPM"
-        if not known or not ((pixels >= 0) & (pixels <= 1)).all():
-            raise InputError(f"{source} is an image of unknown range: expected 8 or 16 bits or "
-                             f"floats from 0 to 1, found mode {image.mode}")
-        return (pixels * 255).round().to(torch.uint8).expand(3, -1, -1)
-    try:
-        return pil_to_tensor(image.convert("RGB"))
-    except ValueError as error:     # a colour space that Pillow cannot convert
-        raise InputError(f"{source} is not a readable image: {one_line(error)}") from None
+    if image.mode[0] not in "FI":                       # floats; integers, "I;16" among them
+        try:
+            return pil_to_tensor(image.convert("RGB"))
+        except ValueError as error:                     # a colour space that Pillow cannot convert
+            raise InputError(f"{source} is not a readable image: {one_line(error)}") from None
+    pixels = pil_to_tensor(image.convert("F")) / (1 if image.mode == "F" else 65535)
+    unsaid = image.mode == "I" and image.format != "PPM"
+    if unsaid or not ((pixels >= 0) & (pixels <= 1)).all():
+        raise InputError(f"{source} is an image of unknown range: expected 8 or 16 bits or floats "
+                         f"from 0 to 1, found mode {image.mode}")
+    return (pixels * 255).round().to(torch.uint8).expand(3, -1, -1)
 
 
 def walk(folder, above=()):
     """Every file below a folder, sorted; links are followed, but not in circles; no dot names."""
-    real = os.path.realpath(folder)
-    if real in above:
-        return
-    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
-        if os.path.isdir(entry.path) and not entry.name.startswith("."):
-            yield from walk(entry.path, (*above, real))
-        elif not entry.name.startswith("."):
-            yield entry.path
+    above = (*above, os.path.realpath(folder))
+    for path in sorted(Path(folder).iterdir()):
+        if path.name.startswith("."):
+            continue
+        if not path.is_dir():
+            yield path
+        elif (mark := path / "run.json").is_file() and b'"script"' in mark.read_bytes():
+            print(f"{path}: left out, a run of this program wrote it")
+        elif os.path.realpath(path) not in above:
+            yield from walk(path, above)
 
 
 def is_label_map(path):
-    """Palette or grey, without loss, and of few values: a mask rather than a photo."""
+    """Stored without loss, and of few values: a mask rather than a photo."""
     if Path(path).suffix.lower() not in (".png", ".tif", ".tiff", ".bmp"):
         return False
     try:
-        image = decode(path)
-        few = image.mode in ("1", "L", "P", "I;16")
-        return few and len(pil_to_tensor(image).int().unique()) <= 64
+        return len(np.unique(decode(path))) <= 64
     except InputError:
         return False
 
@@ -739,28 +708,30 @@ def say_left_out(folder, suffixes):
 def find_images(folder):
     """Paths of all images below a folder, sorted. None is opened but a few that may be label maps.
 
-    A folder of label maps whose files are called like photos (x.png or x_L.png) is left out.
+    A folder is left out if most of its first files are label maps and all are called like photos in
+    another: x.png or x_L.png like x.jpg, x_0001_gtFine_labelIds.png like x_0001_leftImg8bit.png.
     """
     if not Path(folder).is_dir():
         raise InputError(f"{folder}: no such folder")
-    by_folder, others = {}, []
+    by_folder, others = defaultdict(list), []
     for path in walk(folder):
-        if (suffix := Path(path).suffix.lower()) in SUFFIXES:
-            by_folder.setdefault(os.path.dirname(path), []).append(path)
+        suffix = path.suffix.lower()
+        if suffix in SUFFIXES:
+            by_folder[path.parent].append(path)
         else:
             others.append(suffix or "without suffix")
     say_left_out(folder, others)
-    labels = [name for name, paths in by_folder.items() if all(map(is_label_map, paths[:8]))]
-    photos = {Path(path).stem for name, paths in by_folder.items() if labels and name not in labels
-              for path in paths}
+    first = {name: paths[:8] for name, paths in by_folder.items()}
+    labels = [name for name in first if 2 * sum(map(is_label_map, first[name])) > len(first[name])]
+    scene = lambda path: re.sub(r"(\d{4})_\D.*", r"\1", path.stem)
+    photos = {scene(path) for name in by_folder.keys() - labels for path in by_folder[name]}
     for name in labels:
-        stems = [Path(path).stem for path in by_folder[name][:8]]
-        if all({stem, stem.rpartition("_")[0]} & photos for stem in stems):
+        if all({scene(path), path.stem.rpartition("_")[0]} & photos for path in first[name]):
             print(f"{name}: {len(by_folder.pop(name))} files left out, they are label maps")
     if not by_folder:
         raise InputError(f"{folder} holds no photo: expected files that end in "
                          f"{', '.join(sorted(SUFFIXES))}")
-    return sorted(path for paths in by_folder.values() for path in paths)
+    return sorted(str(path) for paths in by_folder.values() for path in paths)
 
 
 def open_set(name, root="data"):
@@ -768,10 +739,8 @@ def open_set(name, root="data"):
     kind, argument, *parts = SETS[name]
     try:
         return [kind(root, download=True, **{argument: part}) for part in parts]
-    except ModuleNotFoundError as error:
-        raise InputError(f"--data {name} needs a package: pip install {error.name}") from None
-    except (OSError, RuntimeError) as error:
-        raise InputError(f"--data {name}: no download to {root}: {one_line(error)}") from None
+    except (ModuleNotFoundError, OSError, RuntimeError) as error:       # a package, or the network
+        raise InputError(f"--data {name} could not be had in {root}: {one_line(error)}") from None
 
 
 def unlabelled(data):
@@ -780,22 +749,21 @@ def unlabelled(data):
     data: folders of any depth, or names in SETS, which a folder of that name beats. A folder with
     train/ and val/ holds out val/; of any other every tenth photo is held out, at most 256.
     """
-    train, held_out = [], []
+    parts = []
     for folder in data:
         if folder in SETS and not Path(folder).is_dir():
-            parts = open_set(folder)
+            parts.append(open_set(folder))
         elif Path(folder, "train").is_dir() and Path(folder, "val").is_dir():
-            parts = [find_images(Path(folder, part)) for part in ("train", "val")]
+            parts.append([find_images(Path(folder, part)) for part in ("train", "val")])
         else:
             paths = find_images(folder)
             step = max(10, math.ceil(len(paths) / 256))
-            parts = [path for i, path in enumerate(paths) if i % step], paths[::step]
-        train.append(parts[0])
-        held_out.append(parts[1])
-    if not sum(map(len, train)):
+            parts.append([[path for i, path in enumerate(paths) if i % step], paths[::step]])
+    train, held_out = map(ConcatDataset, zip(*parts))
+    if not len(train):
         raise InputError(f"{' '.join(map(str, data))} holds one photo: expected two or more, since "
                          "one is held out")
-    return ConcatDataset(train), ConcatDataset(held_out)
+    return train, held_out
 
 
 def seed_of(*parts):

@@ -38,6 +38,9 @@ def shared():
     return Path(os.environ["ADALA_SHARED"])
 
 
+TINY = Architecture(width=64, depth=2, heads=1, hidden=96, patch=4, grid=(3, 3))
+
+
 def seeded(*shape, seed=0, dtype=torch.float32):
     """Normal noise that depends on the seed alone."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
@@ -46,6 +49,11 @@ def seeded(*shape, seed=0, dtype=torch.float32):
 def error(found, truth):
     """Relative RMS error."""
     return ((found.double() - truth.double()).norm() / truth.double().norm()).item()
+
+
+def varying(x, v):
+    """x without the mean of V, behind which errors would hide."""
+    return x.double() - v.double().mean(-2, keepdim=True)
 
 
 def randomise(module, seed=0):
