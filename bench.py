@@ -4,9 +4,8 @@
     python bench.py model           # whole ViTs, 224 to 2,048 pixels: images/s and the crossover
     python bench.py train           # one step of stages 1 and 2, in forward passes of their teacher
 
-Random weights and images. Writes to --out, after every point, bench-DEVICE-PART-MODE.csv, and with
-matplotlib a .png; replaces nothing, the next run writes ...-1.csv. Part attention measures all of
-model.ATTENTION, part model what --operators names, part train "linear". Calls take turns, each
+Random weights and images. Writes to --out, after every point, bench-DEVICE-PART-DTYPE-MODE.csv, and
+with matplotlib a .png; replaces nothing, the next run writes ...-1.csv. Calls take turns, each
 timed after an untimed one of its own: other load and the caches affect all alike. Times are medians
 and quartiles after a warm-up; memory is what a call holds at its peak, on top of weights and
 inputs; FLOPs are of matrix products. Written-out softmax is never compiled: the compiler would put
@@ -55,17 +54,17 @@ def parse(argv):
     cuda = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    flag, usual = parser.add_argument, ["softmax_reference", "softmax", "linear"]
+    flag = parser.add_argument
     flag("part", choices=PARTS)
     flag("--quick", action="store_true", help="few points, a small batch (default: all of them)")
     flag("--mode", choices=("eager", "compiled"), default="compiled" if cuda else "eager",
          help="(default: compiled on a GPU, eager on a CPU)")
     flag("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto",
-         help="part train: of autocast (default: auto, half precision on a GPU, float32 on a CPU)")
+         help="part train: of autocast (default: auto, half precision where the device has it)")
     flag("--heads", type=int, nargs="+", default=[6, 16], help="part attention (default: 6 16)")
     flag("--models", choices=MODELS, nargs="+", default=[*MODELS], help="part model (default: all)")
-    flag("--operators", choices=ATTENTION, nargs="+", default=usual,
-         help=f"part model (default: {' '.join(usual)})")
+    flag("--operators", choices=ATTENTION, nargs="+", help="parts model and train; attention: all "
+         "(default: linear linear_conv, part model softmax_reference and softmax, too)")
     flag("--batch-size", type=int, nargs="+",
          help="(default: attention 1, model 1 8, on a GPU 1 16, train 32, with --quick 8)")
     flag("--points", type=int, nargs="+", help="tokens in part attention, else pixels (default: "
@@ -77,11 +76,19 @@ def parse(argv):
     args.batch_size = (args.batch_size or usual[args.part])[:first]
     args.points = args.points or POINTS[args.part][:3 if args.quick else None]
     args.heads, args.models = args.heads[:first], args.models[:first]
+    softmaxes = ["softmax_reference", "softmax"] if args.part == "model" else []
+    args.operators = args.operators or [*softmaxes, "linear", "linear_conv"]
     step = LANDMARKS if args.part == "attention" else 1
     if min(*args.heads, *args.batch_size, *args.points) < 1 or any(n % step for n in args.points):
         raise InputError(f"--heads {args.heads} --batch-size {args.batch_size} --points "
                          f"{args.points}: expected 1 or more, tokens in multiples of {LANDMARKS}")
     return args
+
+
+def squarest(n):
+    """The factors (rows, columns) of n that are closest to one another, rows <= columns."""
+    rows = next(rows for rows in range(math.isqrt(n), 0, -1) if n % rows == 0)
+    return rows, n // rows
 
 
 # ---- Measured beside model.ATTENTION: q, k, v, each (B, H, N, D) -> (B, H, N, D)
@@ -101,9 +108,31 @@ def nystrom_attention(q, k, v):
     return weights(q, k_few) @ (z @ (weights(q_few, k) @ v))            # (B,H,N,64) @ (B,H,64,D)
 
 
+def monarch_attention(q, k, v, block=None, steps=2):
+    """MonarchAttention (Yaras et al. 2025, arXiv 2505.18698, Algorithm 1), O(N^1.5) at its block of
+    about sqrt(N). Softmax attention is the A, rows summing to 1, of largest <A, q k^T> + entropy;
+    here A[lj, ki] = left[j, l, k] right[k, j, i] (l, k: blocks; j, i: places in them), of which
+    each factor is maximised in turn, from left = identity. Exact for blocks of 1 or N tokens.
+    """
+    block, wide = block or squarest(q.shape[-2])[0], torch.promote_types(q.dtype, torch.float32)
+    q, k, v = (x.unflatten(-2, (-1, block)) for x in (q * q.shape[-1] ** -0.5, k, v))
+    pulled, total, queries = q, 1.0, q.transpose(2, 3)  # (B,H,k,j,D), (B,H,k,j,1), (B,H,j,l,D)
+    for step in range(steps):
+        if step:
+            pulled = (left.mT.to(q.dtype) @ queries).transpose(2, 3)    # (B,H,j,k,l) @ (B,H,j,l,D)
+            total = left.sum(-2).mT.unsqueeze(-1).clamp(min=1e-12)      # a block that none looks at
+        log = ((pulled @ k.mT).to(wide) / total).log_softmax(-1)        # (B,H,k,j,i)
+        right = log.exp().to(q.dtype)
+        entropy = -(log.exp() * log).sum(-1).mT.unsqueeze(-2)           # (B,H,j,1,k)
+        keys = (right @ k).transpose(2, 3)                              # (B,H,j,k,D)
+        left = ((queries @ keys.mT).to(wide) + entropy).softmax(-1)     # (B,H,j,l,k)
+    out = left.to(q.dtype) @ (right @ v).transpose(2, 3)                # (B,H,j,l,D)
+    return out.transpose(2, 3).flatten(2, 3)
+
+
 OTHERS = {  # products: no operator of this kind is faster. copy: bytes of q, k, v and out, once
-    "nystromformer": nystrom_attention, "products": lambda q, k, v: q @ (k.mT @ v),
-    "copy": lambda q, k, v: (q.clone(), k.clone())}
+    "nystromformer": nystrom_attention, "monarch": monarch_attention,
+    "products": lambda q, k, v: q @ (k.mT @ v), "copy": lambda q, k, v: (q.clone(), k.clone())}
 
 
 def operators(heads, grid, device, dtype):
@@ -218,8 +247,7 @@ def measure(calls, ended, device, seconds, maps=0):
 def attention_points(args, device, dtype):
     for batch, heads, backward, tokens in product(args.batch_size, args.heads, (False, True),
                                                   args.points):
-        rows = next(n for n in range(math.isqrt(tokens), 0, -1) if tokens % n == 0)
-        grid, calls = (rows, tokens // rows), {}        # the squarest grid of these tokens
+        grid, calls = squarest(tokens), {}
         q, k, v = projected(batch, heads, tokens, device, dtype)
         for name, operator in operators(heads, grid, device, dtype).items():
             if args.mode == "compiled" and name not in WRITTEN_OUT:
@@ -262,10 +290,6 @@ def model_points(args, device, dtype):
 def train_points(args, device, dtype):
     prepare = partial(torch.compile, fullgraph=True, dynamic=False, disable=args.mode == "eager")
     teacher = ViT(KNOWN[MODELS["vits14"]]).to(device).requires_grad_(False)
-    one, two = linearize(teacher).train(), linearize(teacher).train()
-    by_block = trained_parameters(one, ("qkv", "operator"))
-    first = torch.optim.AdamW(sum(by_block, []), weight_decay=0)
-    second = torch.optim.AdamW(two.parameters(), weight_decay=0)
     forward, align, align_block = map(prepare, (teacher, feature_alignment, block_alignment))
 
     @torch.no_grad()
@@ -273,24 +297,29 @@ def train_points(args, device, dtype):
         with torch.autocast(device, dtype, enabled=dtype != torch.float32):
             return function(teacher.normalize(images))
 
-    def stage_1():                          # as in align_attention.py, without float16's scaler
+    def stage_1(student, by_block, optimizer):          # as in align_attention.py, without scaler
         x, grid = with_teacher(teacher.embed)
-        for theirs, ours in zip(teacher.blocks, one.blocks):
+        for theirs, ours in zip(teacher.blocks, student.blocks):
             x, loss = align_block(theirs, ours, x, grid, dtype)
             loss.backward()
         for block in by_block:
             clip_grad_norm_(block, 1.0)
-        first.step()
-        first.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
 
-    def stage_2():                          # as in align_features.py
-        align(teacher, two, images, LOSS["mse"], dtype).backward()
-        clip_grad_norm_(two.parameters(), 1.0)
-        second.step()
-        second.zero_grad()
+    def stage_2(student, optimizer):                    # as in align_features.py
+        align(teacher, student, images, LOSS["mse"], dtype).backward()
+        clip_grad_norm_(student.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
 
-    base = partial(with_teacher, forward)
-    calls = {"teacher forward": base, "stage 1": stage_1, "stage 2": stage_2}
+    calls = {"teacher forward": partial(with_teacher, forward)}
+    for name in args.operators:
+        one, two = (linearize(teacher, name).train() for _ in range(2))
+        by_block = trained_parameters(one, ("qkv", "operator"))
+        adam = partial(torch.optim.AdamW, weight_decay=0)
+        calls[f"stage 1, {name}"] = partial(stage_1, one, by_block, adam(sum(by_block, [])))
+        calls[f"stage 2, {name}"] = partial(stage_2, two, adam(two.parameters()))
     for batch, pixels in product(args.batch_size, (round(p / 14) * 14 for p in args.points)):
         images = torch.randint(256, (batch, 3, pixels, pixels), dtype=torch.uint8, device=device)
         yield calls, {name: vit_says("vits14", batch, pixels) for name in calls}, 0
@@ -313,18 +342,15 @@ def crossover(curve):
 
 
 def conclude(rows):
-    """What the curves say: a line for each, in part model with the crossover."""
+    """The crossover of every curve of whole ViTs."""
     curves = {}
     for row in rows:
-        if "ratio" in row and row["name"] != row["ratio_to"]:
-            what = row.get("model", f"{row['heads']} heads"), row["batch"], row["pass"], row["name"]
-            curves.setdefault(what, []).append(row)
-    for (what, batch, kind, name), curve in curves.items():
-        x = "tokens" if curve[0]["part"] == "attention" else "pixels"
-        start = crossover(curve) if curve[0]["part"] == "model" else None
-        ratios = ", ".join(f"{row['ratio']:.2f} at {row[x]}" for row in curve)
-        print(f"{what}, batch {batch}, {kind}: {name} takes {ratios} {x} times as long as "
-              f"{curve[0]['ratio_to']}" + (f", as fast from {start} on" if start else ""))
+        if row["part"] == "model" and "ratio" in row and row["name"] != row["ratio_to"]:
+            curves.setdefault((row["model"], row["batch"], row["name"]), []).append(row)
+    for (what, batch, name), curve in curves.items():
+        start = crossover(curve)
+        print(f"{what}, batch {batch}: {name} is "
+              f"{f'as fast as softmax from {start} pixels on' if start else 'slower than softmax'}")
 
 
 def draw(rows, path):
@@ -376,10 +402,11 @@ def main(argv=None):
     device, dtype = device_and_dtype(args.dtype)
     cpu = linux("cpuinfo", "model name.*: (.*)", platform.machine())
     chip = torch.cuda.get_device_name() if device == "cuda" else cpu
+    kind = str(dtype).removeprefix("torch.")
     slug = re.sub(r"\W+", "-", chip.lower()) if device == "cuda" else device
-    path = claim(args.out, f"bench-{slug}-{args.part}-{args.mode}{'-quick' * args.quick}")
+    path = claim(args.out, f"bench-{slug}-{args.part}-{kind}-{args.mode}{'-quick' * args.quick}")
     settings = [f"{key}={value}" for key, value in os.environ.items() if key.startswith("MALLOC_")]
-    same = dict(part=args.part, head_dim=HEAD_DIM, dtype=str(dtype).removeprefix("torch."),
+    same = dict(part=args.part, head_dim=HEAD_DIM, dtype=kind,
                 device=f"{chip}, {torch.get_num_threads()} threads",
                 torch=torch.__version__, torchvision=torchvision.__version__,
                 ratio_to=base, command=" ".join([*settings, "python bench.py", *words]))
