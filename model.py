@@ -160,7 +160,7 @@ class LinearConv(Operator):
         prefix = N - grid[0] * grid[1]
         x = v[:, :, prefix:].transpose(1, 2).flatten(2)                     # (B,H,N,D) -> (B,N,C)
         x = x.mT.unflatten(2, grid)                     # -> (B,C,rows,columns), in memory C is last
-        x = self.conv(x.contiguous(memory_format=torch.channels_last))      # at B = 1 it must be told
+        x = self.conv(x.contiguous(memory_format=torch.channels_last))      # said, or B = 1 is slow
         x = x.flatten(2).mT.unflatten(2, (H, D)).transpose(1, 2)            # -> (B,H,N,D)
         return linear_attention(q, k, v) + F.pad(x, (0, 0, prefix, 0))
 
