@@ -162,7 +162,9 @@ class LinearConv(Operator):
         x = x.mT.unflatten(2, grid)                     # -> (B,C,rows,columns), in memory C is last
         x = self.conv(x.contiguous(memory_format=torch.channels_last))      # said, or B = 1 is slow
         x = x.flatten(2).mT.unflatten(2, (H, D)).transpose(1, 2)            # -> (B,H,N,D)
-        return linear_attention(q, k, v) + F.pad(x, (0, 0, prefix, 0))
+        out = linear_attention(q, k, v)
+        out[:, :, prefix:].add_(x)                      # in place: fresh memory costs a CPU time
+        return out
 
 
 ATTENTION = {                                           # name -> Operator, given an Architecture
