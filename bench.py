@@ -4,13 +4,12 @@
     python bench.py model           # whole ViTs, 224 to 2,048 pixels: images/s and the crossover
     python bench.py train           # one step of stages 1 and 2, in forward passes of their teacher
 
-Random weights and images. Writes to --out, after every point, bench-DEVICE-PART-MODE.csv, and with
-matplotlib a .png; replaces nothing, the next run writes ...-1.csv. Part attention measures all of
-model.ATTENTION, part model what --operators names, part train "linear". Calls take turns, each
-timed after an untimed one of its own: other load and the caches affect all alike. Times are medians
-and quartiles after a warm-up; memory is what a call holds at its peak, on top of weights and
-inputs; FLOPs are of matrix products. Written-out softmax is never compiled: the compiler would put
-the fused kernel in its place. CPU figures are of the plain process, without allocator settings.
+Random weights and images. Writes bench-DEVICE-PART-DTYPE-MODE.csv to --out, after every point, and
+replaces nothing, the next run writes ...-1.csv; results/bench_picture.py draws it. Calls take
+turns, each timed after an untimed one of its own: other load and the caches affect all alike. Times
+are medians and quartiles after a warm-up; memory is what a call holds at its peak, on top of
+weights and inputs; FLOPs are of matrix products and convolutions. Written-out softmax is never
+compiled: the compiler would put the fused kernel in its place.
 """
 import argparse
 import csv
@@ -55,33 +54,37 @@ def parse(argv):
     cuda = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    flag, usual = parser.add_argument, ["softmax_reference", "softmax", "linear"]
+    flag, usual = parser.add_argument, ["softmax_reference", "softmax", "linear", "linear_conv"]
     flag("part", choices=PARTS)
     flag("--quick", action="store_true", help="few points, a small batch (default: all of them)")
     flag("--mode", choices=("eager", "compiled"), default="compiled" if cuda else "eager",
          help="(default: compiled on a GPU, eager on a CPU)")
     flag("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto",
-         help="part train: of autocast (default: auto, half precision on a GPU, float32 on a CPU)")
+         help="part train: of autocast (default: auto, half precision where the device has it)")
     flag("--heads", type=int, nargs="+", default=[6, 16], help="part attention (default: 6 16)")
     flag("--models", choices=MODELS, nargs="+", default=[*MODELS], help="part model (default: all)")
     flag("--operators", choices=ATTENTION, nargs="+", default=usual,
-         help=f"part model (default: {' '.join(usual)})")
+         help=f"part model; part train: those without softmax (default: {' '.join(usual)})")
     flag("--batch-size", type=int, nargs="+",
          help="(default: attention 1, model 1 8, on a GPU 1 16, train 32, with --quick 8)")
     flag("--points", type=int, nargs="+", help="tokens in part attention, else pixels (default: "
          "256 to 65536 tokens, 224 to 2048 pixels, train 224; with --quick the first three)")
     flag("--out", default="results", help="folder to write (default: results)")
     args = parser.parse_args(argv)
-    first = 1 if args.quick else None
+    first, step = 1 if args.quick else None, LANDMARKS if args.part == "attention" else 1
     usual = {"attention": [1], "model": [1, 16 if cuda else 8], "train": [8 if args.quick else 32]}
     args.batch_size = (args.batch_size or usual[args.part])[:first]
     args.points = args.points or POINTS[args.part][:3 if args.quick else None]
     args.heads, args.models = args.heads[:first], args.models[:first]
-    step = LANDMARKS if args.part == "attention" else 1
     if min(*args.heads, *args.batch_size, *args.points) < 1 or any(n % step for n in args.points):
         raise InputError(f"--heads {args.heads} --batch-size {args.batch_size} --points "
                          f"{args.points}: expected 1 or more, tokens in multiples of {LANDMARKS}")
     return args
+
+
+def squarest(n):
+    """The factors (rows, columns) of n that are closest to one another, rows <= columns."""
+    return next((rows, n // rows) for rows in range(math.isqrt(n), 0, -1) if n % rows == 0)
 
 
 # ---- Measured beside model.ATTENTION: q, k, v, each (B, H, N, D) -> (B, H, N, D)
@@ -101,15 +104,36 @@ def nystrom_attention(q, k, v):
     return weights(q, k_few) @ (z @ (weights(q_few, k) @ v))            # (B,H,N,64) @ (B,H,64,D)
 
 
+def monarch_attention(q, k, v, block=None, steps=2):
+    """MonarchAttention (Yaras et al. 2025, arXiv 2505.18698), O(N^1.5) with blocks of about sqrt(N)
+    tokens. Softmax attention is the A, rows summing to 1, of largest <A, q k^T> + entropy(A). Here
+    A[lj, ki] = left[j, l, k] right[k, j, i] (l, k: blocks; j, i: places in them); right and left
+    are maximised in turn, from left = identity. Exact for blocks of 1 or N tokens.
+    """
+    block, wide = block or squarest(q.shape[-2])[0], torch.promote_types(q.dtype, torch.float32)
+    q, k, v = (x.unflatten(-2, (-1, block)) for x in (q * q.shape[-1] ** -0.5, k, v))
+    pulled, total, queries = q, 1.0, q.transpose(2, 3)  # (B,H,k,j,D), (B,H,k,j,1), (B,H,j,l,D)
+    for step in range(steps):
+        if step:
+            pulled = (left.mT.to(q.dtype) @ queries).transpose(2, 3)    # (B,H,j,k,l) @ (B,H,j,l,D)
+            total = left.sum(-2).mT.unsqueeze(-1) + 1e-12               # a block may attract none
+        log = ((pulled @ k.mT).to(wide) / total).log_softmax(-1)        # (B,H,k,j,i)
+        right = log.exp().to(q.dtype)
+        entropy = -(log.exp() * log).sum(-1).mT.unsqueeze(-2)           # (B,H,j,1,k)
+        keys = (right @ k).transpose(2, 3)                              # (B,H,j,k,D)
+        left = ((queries @ keys.mT).to(wide) + entropy).softmax(-1)     # (B,H,j,l,k)
+    out = left.to(q.dtype) @ (right @ v).transpose(2, 3)                # (B,H,j,l,D)
+    return out.transpose(2, 3).flatten(2, 3)
+
+
 OTHERS = {  # products: no operator of this kind is faster. copy: bytes of q, k, v and out, once
-    "nystromformer": nystrom_attention, "products": lambda q, k, v: q @ (k.mT @ v),
-    "copy": lambda q, k, v: (q.clone(), k.clone())}
+    "nystromformer": nystrom_attention, "monarch": monarch_attention,
+    "products": lambda q, k, v: q @ (k.mT @ v), "copy": lambda q, k, v: (q.clone(), k.clone())}
 
 
 def operators(heads, grid, device, dtype):
     """{name: Operator} as a block with these heads builds them."""
-    width = heads * HEAD_DIM
-    arch = Architecture(width, 1, heads, 4 * width, patch=14, grid=grid)
+    arch = Architecture(heads * HEAD_DIM, 1, heads, 4 * heads * HEAD_DIM, patch=14, grid=grid)
     built = {name: make(arch) for name, make in ATTENTION.items()}
     built |= {name: Operator(arch, function) for name, function in OTHERS.items()}
     return {name: op.to(device, dtype).eval().requires_grad_(False) for name, op in built.items()}
@@ -133,7 +157,7 @@ def forward_or_both(operator, q, k, v, grid, backward):
 # ---- Measuring
 def timed(call, device, loops=1):
     """Milliseconds per call."""
-    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+    wait = getattr(torch, device).synchronize           # does nothing on a CPU
     wait()
     start = time.perf_counter()
     for _ in range(loops):
@@ -159,7 +183,7 @@ def peak_memory(call, device):
 
 def count_flops(call):
     """Operations in a call's matrix products, on tensors without memory and thus of any size."""
-    # the fused kernel and compiled code would count as 0 operations on a CPU
+    # by MATH: on a CPU the fused kernel and compiled code count as 0
     with FakeTensorMode(allow_non_fake_inputs=True), FlopCounterMode(display=False) as counter, \
             sdpa_kernel(SDPBackend.MATH), torch.compiler.set_stance("force_eager"):
         call()
@@ -169,23 +193,21 @@ def count_flops(call):
 def linux(file, pattern, otherwise):
     """What follows `pattern` in a file of /proc; `otherwise` where there is none, as on a Mac."""
     path = Path("/proc", file)
-    found = re.search(pattern, path.read_text()) if path.exists() else None
+    found = re.search(pattern, path.read_text() if path.exists() else "")
     return found[1] if found else otherwise
 
 
 def measure(calls, ended, device, seconds, maps=0):
     """Time {name: call} in turns -> {name: median_ms, low_ms, high_ms, repeats, peak_mb, status}.
 
-    ended: {name: why its curve ended}, shared by a curve's points. seconds: of each call's repeats.
+    ended: {name: why its curve ended}, shared by a curve's points; seconds: of each call's repeats;
     maps: bytes of the N x N maps that written-out softmax holds at most.
     """
-    rows, times, loops, repeats = {}, {}, {}, {}
+    rows, runs = {name: {"status": ended.get(name, "ok")} for name in calls}, {}
     free = int(linux("meminfo", r"MemAvailable: +(\d+) kB", 8_000_000)) * 1024
     for name, call in calls.items():
-        rows[name] = {"status": ended.get(name, "ok")}
         if device == "cpu" and name in WRITTEN_OUT and maps > free / 2:
-            rows[name]["status"] = (f"skipped: its maps need {maps / 1e9:.1f} GB, more than half "
-                                    f"of the {free / 1e9:.1f} GB free")
+            rows[name]["status"] = f"skipped: maps of {maps / 1e9:.1f} GB, {free / 1e9:.1f} GB free"
         if rows[name]["status"] != "ok":
             continue
         try:
@@ -199,18 +221,18 @@ def measure(calls, ended, device, seconds, maps=0):
             continue
         if device == "cpu" and first > SLOW * 1e3:
             ended[name] = f"ended: an earlier point took {first / 1e3:.1f} s"
-        times[name], loops[name] = [first], max(1, round(1 / first))        # 1 ms or more at a time
-        wanted = min(30, int(seconds * 1e3 / first / loops[name]))
-        repeats[name] = max(0 if name in ended else 5, wanted)
-    for turn in range(max(repeats.values(), default=0)):
-        for name in (name for name in times if turn < repeats[name]):
-            if times[name][0] < 1e3:
+        loops = max(1, round(1 / first))                # 1 ms or more at a time
+        wanted = min(30, int(seconds * 1e3 / first / loops))
+        runs[name] = [first], loops, max(0 if name in ended else 5, wanted)
+    for turn in range(max((repeats for _, _, repeats in runs.values()), default=0)):
+        for name, (times, loops, _) in ((n, run) for n, run in runs.items() if turn < run[2]):
+            if times[0] < 1e3:
                 calls[name]()               # not timed: the caches hold what another call has left
-            times[name].append(timed(calls[name], device, loops[name]))
-    for name, values in times.items():
-        values = torch.tensor(values[1:] or values, dtype=torch.float64)    # first: how often only
-        low, middle, high = (values.quantile(part).item() for part in (0.25, 0.5, 0.75))
-        rows[name] |= dict(median_ms=middle, low_ms=low, high_ms=high, repeats=len(values))
+            times.append(timed(calls[name], device, loops))
+    for name, (times, *_) in runs.items():
+        times = torch.tensor(times[1:] or times).double()               # first: how often only
+        low, middle, high = (times.quantile(part).item() for part in (0.25, 0.5, 0.75))
+        rows[name] |= dict(median_ms=middle, low_ms=low, high_ms=high, repeats=len(times))
     return rows
 
 
@@ -218,8 +240,7 @@ def measure(calls, ended, device, seconds, maps=0):
 def attention_points(args, device, dtype):
     for batch, heads, backward, tokens in product(args.batch_size, args.heads, (False, True),
                                                   args.points):
-        rows = next(n for n in range(math.isqrt(tokens), 0, -1) if tokens % n == 0)
-        grid, calls = (rows, tokens // rows), {}        # the squarest grid of these tokens
+        grid, calls = squarest(tokens), {}
         q, k, v = projected(batch, heads, tokens, device, dtype)
         for name, operator in operators(heads, grid, device, dtype).items():
             if args.mode == "compiled" and name not in WRITTEN_OUT:
@@ -249,23 +270,17 @@ def model_points(args, device, dtype):
             for block in vits[name].blocks:
                 block.compile(dynamic=False)            # all share what the first one compiled
         for pixels in (round(p / teacher.arch.patch) * teacher.arch.patch for p in args.points):
-            calls, labels = {}, {}
+            calls, labels, says = {}, {}, vit_says(title, batch, pixels) | {"pass": "forward"}
             for name, vit in vits.items():
                 images = torch.randn(batch, 3, pixels, pixels).to(device, vit.norm.weight.dtype)
                 held = sum(p.nbytes for p in vit.parameters()) + images.nbytes
-                calls[name] = partial(vit, images)
-                more = {"pass": "forward", "resident_mb": held / 1e6}
-                labels[name] = vit_says(title, batch, pixels) | more
-            yield calls, labels, 2 * batch * teacher.arch.heads * labels[name]["tokens"] ** 2 * 4
+                calls[name], labels[name] = partial(vit, images), says | {"resident_mb": held / 1e6}
+            yield calls, labels, 2 * batch * teacher.arch.heads * says["tokens"] ** 2 * 4
 
 
 def train_points(args, device, dtype):
     prepare = partial(torch.compile, fullgraph=True, dynamic=False, disable=args.mode == "eager")
     teacher = ViT(KNOWN[MODELS["vits14"]]).to(device).requires_grad_(False)
-    one, two = linearize(teacher).train(), linearize(teacher).train()
-    by_block = trained_parameters(one, ("qkv", "operator"))
-    first = torch.optim.AdamW(sum(by_block, []), weight_decay=0)
-    second = torch.optim.AdamW(two.parameters(), weight_decay=0)
     forward, align, align_block = map(prepare, (teacher, feature_alignment, block_alignment))
 
     @torch.no_grad()
@@ -273,24 +288,31 @@ def train_points(args, device, dtype):
         with torch.autocast(device, dtype, enabled=dtype != torch.float32):
             return function(teacher.normalize(images))
 
-    def stage_1():                          # as in align_attention.py, without float16's scaler
+    def update(groups, optimizer):
+        for group in groups:
+            clip_grad_norm_(group, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def stage_1(student, groups, optimizer):            # as in align_attention.py, without scaler
         x, grid = with_teacher(teacher.embed)
-        for theirs, ours in zip(teacher.blocks, one.blocks):
+        for theirs, ours in zip(teacher.blocks, student.blocks):
             x, loss = align_block(theirs, ours, x, grid, dtype)
             loss.backward()
-        for block in by_block:
-            clip_grad_norm_(block, 1.0)
-        first.step()
-        first.zero_grad()
+        update(groups, optimizer)
 
-    def stage_2():                          # as in align_features.py
-        align(teacher, two, images, LOSS["mse"], dtype).backward()
-        clip_grad_norm_(two.parameters(), 1.0)
-        second.step()
-        second.zero_grad()
+    def stage_2(student, groups, optimizer):            # as in align_features.py
+        align(teacher, student, images, LOSS["mse"], dtype).backward()
+        update(groups, optimizer)
 
-    base = partial(with_teacher, forward)
-    calls = {"teacher forward": base, "stage 1": stage_1, "stage 2": stage_2}
+    calls = {"teacher forward": partial(with_teacher, forward)}
+    for name in (name for name in args.operators if "softmax" not in name):
+        one, two = linearize(teacher, name).train(), linearize(teacher, name).train()
+        trained = (one, trained_parameters(one, ("qkv", "operator"))), (two, [[*two.parameters()]])
+        for stage, (student, groups) in zip((stage_1, stage_2), trained):
+            optimizer = torch.optim.AdamW(sum(groups, []), weight_decay=0)
+            title = f"{stage.__name__.replace('_', ' ')}, {name}"
+            calls[title] = partial(stage, student, groups, optimizer)
     for batch, pixels in product(args.batch_size, (round(p / 14) * 14 for p in args.points)):
         images = torch.randint(256, (batch, 3, pixels, pixels), dtype=torch.uint8, device=device)
         yield calls, {name: vit_says("vits14", batch, pixels) for name in calls}, 0
@@ -301,7 +323,7 @@ PARTS = {   # seconds of repeats, the same with --quick; the row that ratios are
     "train": (train_points, 60, 1, "teacher forward")}
 
 
-# ---- Conclusions, picture, table
+# ---- Crossover, table
 def crossover(curve):
     """Pixels from which on an operator is as fast as fused softmax, log-log; None: never."""
     gains = sorted((row["pixels"], -math.log(row["ratio"])) for row in curve)
@@ -312,55 +334,12 @@ def crossover(curve):
     return round(left * (right / left) ** (below / (below - above)))
 
 
-def conclude(rows):
-    """What the curves say: a line for each, in part model with the crossover."""
-    curves = {}
-    for row in rows:
-        if "ratio" in row and row["name"] != row["ratio_to"]:
-            what = row.get("model", f"{row['heads']} heads"), row["batch"], row["pass"], row["name"]
-            curves.setdefault(what, []).append(row)
-    for (what, batch, kind, name), curve in curves.items():
-        x = "tokens" if curve[0]["part"] == "attention" else "pixels"
-        start = crossover(curve) if curve[0]["part"] == "model" else None
-        ratios = ", ".join(f"{row['ratio']:.2f} at {row[x]}" for row in curve)
-        print(f"{what}, batch {batch}, {kind}: {name} takes {ratios} {x} times as long as "
-              f"{curve[0]['ratio_to']}" + (f", as fast from {start} on" if start else ""))
-
-
-def draw(rows, path):
-    """The curves on logarithmic axes: a row of panels for each number of heads, or model."""
-    try:
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError:
-        return print("no picture: pip install matplotlib")
-    x, facet, series, *columns = ("pixels", "model", "batch", "images_per_s", "peak_mb")
-    if rows[0]["part"] == "attention":
-        x, facet, series, *columns = ("tokens", "heads", "pass", "median_ms", "peak_mb", "gflops")
-    values = lambda key: list(dict.fromkeys(row[key] for row in rows))
-    down, across = values(facet), list(product(columns, values(series)))
-    figure = Figure((4 * len(across), 3.4 * len(down)), layout="tight")
-    axes = figure.subplots(len(down), len(across), squeeze=False, sharex=True, sharey="col")
-    for axis, (group, (column, kind)) in zip(axes.flat, product(down, across)):
-        for name in values("name"):
-            curve = [(row[x], row[column]) for row in rows if column in row and
-                     (row["name"], row[facet], row[series]) == (name, group, kind)]
-            axis.loglog(*zip(*curve or [(math.nan, math.nan)]), marker=".", label=name)
-        axis.set(title=f"{facet} {group}, {series} {kind}", xlabel=x, ylabel=column)
-        axis.set_xticks(values(x), values(x), fontsize=7)
-    axes[0, 0].legend(fontsize=7)
-    figure.suptitle("{device}, {dtype}, {command}, torch {torch}".format(**rows[0]), fontsize=9)
-    figure.savefig(picture := io.BytesIO(), format="png", dpi=90)
-    write_whole(path, picture.getvalue())
-    print(f"wrote {path}")
-
-
 def claim(folder, stem):
-    """An empty CSV under a name that neither a CSV nor a picture has: nothing is ever replaced."""
+    """An empty CSV under a name that no file has: nothing is ever replaced."""
     paths = (Path(folder, f"{stem}-{i}.csv" if i else f"{stem}.csv") for i in count())
-    taken = lambda path: os.path.lexists(path) or os.path.lexists(path.with_suffix(".png"))
     try:
         os.makedirs(folder, exist_ok=True)
-        path = next(path for path in paths if not taken(path))
+        path = next(path for path in paths if not os.path.lexists(path))
         path.touch(exist_ok=False)
     except OSError as error:
         raise InputError(f"--out {folder} could not be written: {one_line(error)}") from None
@@ -374,16 +353,16 @@ def main(argv=None):
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")     # the profiler complains of a missing GPU
     torch.manual_seed(0)
     device, dtype = device_and_dtype(args.dtype)
-    cpu = linux("cpuinfo", "model name.*: (.*)", platform.machine())
-    chip = torch.cuda.get_device_name() if device == "cuda" else cpu
-    slug = re.sub(r"\W+", "-", chip.lower()) if device == "cuda" else device
-    path = claim(args.out, f"bench-{slug}-{args.part}-{args.mode}{'-quick' * args.quick}")
-    settings = [f"{key}={value}" for key, value in os.environ.items() if key.startswith("MALLOC_")]
-    same = dict(part=args.part, head_dim=HEAD_DIM, dtype=str(dtype).removeprefix("torch."),
-                device=f"{chip}, {torch.get_num_threads()} threads",
-                torch=torch.__version__, torchvision=torchvision.__version__,
-                ratio_to=base, command=" ".join([*settings, "python bench.py", *words]))
-    rows, endings, sheet = [], {}, io.StringIO(newline="")
+    kind = str(dtype).removeprefix("torch.")
+    chip = slug = torch.cuda.get_device_name() if device == "cuda" else device
+    if device == "cpu":
+        chip = linux("cpuinfo", "model name.*: (.*)", platform.machine())
+    slug = re.sub(r"\W+", "-", slug.lower())
+    path = claim(args.out, f"bench-{slug}-{args.part}-{kind}-{args.mode}{'-quick' * args.quick}")
+    same = {"part": args.part, "head_dim": HEAD_DIM, "dtype": kind, "ratio_to": base,
+            "device": f"{chip}, {torch.get_num_threads()} threads", "torch": torch.__version__,
+            "torchvision": torchvision.__version__, "command": f"python bench.py {' '.join(words)}"}
+    curves, endings, sheet = {}, {}, io.StringIO(newline="")
     table = csv.DictWriter(sheet, COLUMNS)
     table.writeheader()
     for calls, labels, maps in points(args, device, dtype):
@@ -395,23 +374,23 @@ def main(argv=None):
             if args.part != "train":
                 for name, row in point.items():
                     row["gflops"] = count_flops(calls[name]) / 1e9
+        other = point.get(base, {}).get("median_ms")
         for name, row in point.items():
-            row |= same | {"name": name, "pass": "step"} | labels[name]
-            row["mode"] = "eager" if name in WRITTEN_OUT else args.mode
+            mode = "eager" if name in WRITTEN_OUT else args.mode
+            row |= same | {"name": name, "pass": "step", "mode": mode} | labels[name]
             if ms := row.get("median_ms"):
                 row |= {"gflops_per_s": row["gflops"] / ms * 1e3} if "gflops" in row else {}
                 row |= {"images_per_s": row["batch"] / ms * 1e3} if "pixels" in row else {}
-                other = point.get(base, {}).get("median_ms")
                 row |= {"ratio": ms / other} if other else {}
-            rows.append(row)
+                if args.part == "model" and other and name != base:
+                    curves.setdefault((row["model"], row["batch"], name), []).append(row)
             text = {key: f"{x:.5g}" if isinstance(x, float) else x for key, x in row.items()}
             table.writerow(text)
             print(*(f"{key} {text[key]}" for key in COLUMNS if key in row.keys() - same))
         write_whole(path, sheet.getvalue().encode())     # after every point: nothing is lost
-    conclude(rows)
+    for curve, of_curve in curves.items():
+        print(*curve, f"is as fast as {base} from {crossover(of_curve)} pixels on (None: never)")
     print(f"wrote {path}")
-    if len(args.points) > 1:
-        draw(rows, path.with_suffix(".png"))
 
 
 if __name__ == "__main__":

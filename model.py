@@ -111,7 +111,8 @@ def linear_attention(q, k, v, phi=elu_plus_one):
     with torch.autocast(v.device.type, enabled=False):  # these dtypes are chosen, not inherited
         wide = torch.promote_types(v.dtype, torch.float32)
         work = wide if v.dtype == torch.float16 else v.dtype
-        q, k = phi(q.to(work)), phi(k.to(work))
+        # the products would copy strided operands anyway; copied first, every step is faster
+        q, k = phi(q.to(work).contiguous()), phi(k.to(work).contiguous())
         kv = k.mT @ v.to(work)                          # (B,H,D,N) @ (B,H,N,D) -> (B,H,D,D)
         k_sum = k.sum(-2, keepdim=True, dtype=wide)     # (B,H,N,D) -> (B,H,1,D)
         total = q.to(wide) @ k_sum.mT                   # (B,H,N,D) @ (B,H,D,1) -> (B,H,N,1)
@@ -164,9 +165,12 @@ class LinearConv(Operator):
         _, H, N, D = v.shape
         prefix = N - grid[0] * grid[1]
         x = v[:, :, prefix:].transpose(1, 2).flatten(2)                     # (B,H,N,D) -> (B,N,C)
-        x = self.conv(x.mT.unflatten(2, grid))          # (B,C,rows,columns), in memory C is last
+        x = x.mT.unflatten(2, grid)                     # -> (B,C,rows,columns), in memory C is last
+        x = self.conv(x.contiguous(memory_format=torch.channels_last))      # said, or B = 1 is slow
         x = x.flatten(2).mT.unflatten(2, (H, D)).transpose(1, 2)            # -> (B,H,N,D)
-        return linear_attention(q, k, v) + F.pad(x, (0, 0, prefix, 0))
+        out = linear_attention(q, k, v)
+        out[:, :, prefix:].add_(x)                      # in place: fresh memory costs a CPU time
+        return out
 
 
 ATTENTION = {                                           # name -> Operator, given an Architecture
