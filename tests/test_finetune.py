@@ -273,7 +273,8 @@ def mixed(top, shapes, turn=None):
             (top / part / name).mkdir(parents=True, exist_ok=True)
         for i, (rows, columns) in enumerate(shapes):
             pixels, exif = np.zeros((rows, columns), dtype=np.uint8), Image.Exif()
-            pixels[rows // 8:rows // 2, columns // 8:columns // 2], pixels[3 * rows // 4:] = 255, 100
+            pixels[rows // 8:rows // 2, columns // 8:columns // 2] = 255
+            pixels[3 * rows // 4:] = 100
             exif[0x0112] = 6                    # seen turned right; its mask is drawn on that
             raw = Image.fromarray(np.ascontiguousarray(np.rot90(pixels))).convert("RGB")
             raw.save(top / f"{part}/images/{i}.png", exif=exif)
@@ -423,7 +424,7 @@ def test_layouts(tmp_path, capsys, kind, photo, mask, parts, ids, want):
     assert dict(zip(found, classes, strict=True)) == want
     for part, items in zip(parts, (train, val), strict=True):
         assert [(str(path), str(truth)) for path, truth in items] == [
-            (str(top / photo.format(part, f"{part}{i}")), str(top / mask.format(part, f"{part}{i}")))
+            tuple(str(top / way.format(part, f"{part}{i}")) for way in (photo, mask))
             for i in range(2)]
     said = capsys.readouterr().out
     assert f"read as {kind}" in said and said.count("left out") == 2 * (kind != "VOC")
@@ -431,10 +432,10 @@ def test_layouts(tmp_path, capsys, kind, photo, mask, parts, ids, want):
     assert ids[1] not in others and len(others) == 2
 
 
-@pytest.mark.parametrize("attention", ("softmax", "linear", "linear_conv"))
+@pytest.mark.parametrize("attention", ("softmax", "linear_conv"))
 def test_mask_head(attention):
     """Twice the patches are twice the FLOPs but for softmax; a batch is its photos one by one;
-    class tokens bypass the grid; every tensor learns."""
+    class tokens bypass the grid; every tensor learns; whitened, no direction is lost."""
     torch.manual_seed(0)
     head = make_head(ARCH, "segment", 3, "mask", attention)
     flops = []
@@ -457,7 +458,8 @@ def test_mask_head(attention):
         assert seen == [(2, ARCH.width, 3, 5)] * 2
     stretched = seeded(999, ARCH.width) @ seeded(ARCH.width, ARCH.width, seed=1)
     head.whiten(stretched)
-    assert (head.start(stretched).T.cov() - torch.eye(ARCH.width)).abs().max() < 0.05
+    spread, before = (torch.linalg.eigvalsh(x.T.cov()) for x in (head.start(stretched), stretched))
+    assert spread[6:].min() > 0.6 and spread.max() < 1.01 and before[-1] > 99 * before[6]
     F.cross_entropy(head(x), torch.ones(2, 3, 5, dtype=torch.long)).backward()
     assert all(p.grad is not None and p.grad.any() for p in head.parameters())
 
