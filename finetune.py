@@ -453,11 +453,11 @@ def upsampled_classes(logits, size, strip=64):
 
 
 @torch.no_grad()
-def cached(vit, batches, task, device, dtype):
-    """The same batches with features instead of images, on the CPU, in float16 or float64."""
+def cached(vit, batches, task, frozen, device, dtype):
+    """The same batches with what a head reads as inputs, on the CPU, in float16 or float64."""
     kept = dtype if dtype == torch.float64 else torch.float16
-    return [[(logits_of(vit, nn.Identity(), images.to(device), task, False, dtype).to(kept).cpu(),
-              masks) for images, masks in batch] for batch in tqdm(batches, "features", delay=2)]
+    return [[(logits_of(vit, nn.Identity(), inputs.to(device), task, frozen, dtype).to(kept).cpu(),
+              truth) for inputs, truth in batch] for batch in tqdm(batches, "features", delay=2)]
 
 
 @torch.no_grad()
@@ -547,17 +547,17 @@ def predict(args, device, dtype):
     if task == "segment":
         whole = partial(fitted, size=size, patch=vit.arch.patch)
     for start in range(0, len(photos), args.batch_size):
-        batch = []
+        batch, found = [], {}
         for i, (path, _) in enumerate(photos[start:start + args.batch_size], start):
             try:
-                photo = read_image(path, size if task == "classify" else None)
+                photo = read_image(path, None if task == "segment" else size)
                 batch.append((whole((photo, i)), ""))
             except InputError as error:
                 print(f"left out: {error}")
-        found = {i: logits for images, places in by_shape(batch) for i, logits in zip(
-            places.tolist(), logits_of(vit, head, images.to(device), task, False, dtype))}
-        for i, logits in sorted(found.items()):
-            path, name = photos[i]
+        for images, places in by_shape(batch):
+            logits = logits_of(vit, head, images.to(device), task, False, dtype)
+            found |= dict(zip(places.tolist(), logits))
+        for (path, name), logits in ((photos[i], found[i]) for i in sorted(found)):
             if task == "classify":
                 share, best = logits.softmax(0).max(0)
                 print(f"{path}\t{classes[best]}\t{share:.3f}")
@@ -589,10 +589,12 @@ def main(argv=None):
     segment = args.task == "segment"
     args.head = segment and args.head or "linear"
     source, val_source, classes, ids = load_data(args.data, args.task, args.ignore)
+    new_head = partial(make_head, task=args.task, classes=len(classes), kind=args.head)
+    keep = partial(kept_head, task=args.task, classes=classes, ids=ids, kind=args.head)
     for spec in args.weights if args.steps == 0 else ():
         model, file, _ = load_backbone(spec, args.from_scratch)
-        head = make_head(model.arch, args.task, len(classes), args.head, model.attention)
-        if args.from_scratch or not kept_head(head, file, args.task, classes, ids, args.head):
+        head = new_head(model.arch, attention=model.attention)
+        if args.from_scratch or not keep(head, file):
             raise InputError(f"--steps 0 only scores, but {spec} has no head for these classes")
     out = open_out(args, [*args.weights, args.data])
     lookup = torch.full((256,), IGNORE, dtype=torch.uint8)
@@ -619,8 +621,8 @@ def main(argv=None):
         torch.manual_seed(args.seed)
         vit, file, stage = load_backbone(spec, args.from_scratch)
         torch.manual_seed(args.seed)                    # the same head for each row
-        head = make_head(vit.arch, args.task, len(classes), args.head, vit.attention)
-        kept = not args.from_scratch and kept_head(head, file, args.task, classes, ids, args.head)
+        head = new_head(vit.arch, attention=vit.attention)
+        kept = not args.from_scratch and keep(head, file)
         vit, head = vit.to(device, wide), head.to(device, wide)
         start = time.perf_counter()
         if segment:
@@ -629,18 +631,16 @@ def main(argv=None):
         if args.freeze:                                 # features of whole photos, computed once
             vit.eval().requires_grad_(False)
             short = partial(whole, points=POINTS) if segment else whole
-            found = cached(vit, loader(Draws(source, read, short)) if args.steps else [],
-                           args.task, device, dtype)
+            photos = loader(Draws(source, read, short)) if args.steps else []
+            found, val = (cached(vit, part, args.task, False, device, dtype)
+                          for part in (photos, val))
             items = [item for batch in found for group in batch for item in zip(*group)]
             draws = Draws(items, tuple, tuple, args.seed)
-            val = cached(vit, val, args.task, device, dtype)
         train = loader(draws, sampler=range(args.steps * args.batch_size),
                        num_workers=0 if args.freeze else args.workers)
         if args.head == "mask" and not kept and args.steps:
-            with torch.no_grad():
-                head.whiten(torch.cat([logits_of(
-                    vit, nn.Identity(), inputs.to(device), args.task, args.freeze, dtype).flatten(
-                        0, 2) for inputs, _ in next(iter(train))]))
+            read_by_head = cached(vit, [next(iter(train))], args.task, args.freeze, device, dtype)
+            head.whiten(torch.cat([x.flatten(0, 2) for x, _ in read_by_head[0]]).to(device, wide))
         head_lr = args.lr if args.from_scratch else HEAD_LR * args.lr
         groups = [dict(params=list(head.parameters()), lr=head_lr)]
         if not args.freeze:
@@ -656,10 +656,12 @@ def main(argv=None):
 
         with tqdm(total=args.steps * args.batch_size, desc=spec, unit="img", mininterval=1) as bar:
             for step, batch in enumerate(train, 1):
-                parts = [loss_of(vit, head, inputs.to(device, non_blocking=True),
-                                 targets.to(device, non_blocking=True), args.task, args.freeze,
-                                 dtype) for inputs, targets in batch]
-                total, count = map(sum, zip(*parts))
+                total = count = 0
+                for inputs, targets in batch:           # one shape each; of crops there is one
+                    inputs = inputs.to(device, non_blocking=True)
+                    targets = targets.to(device, non_blocking=True)
+                    part = loss_of(vit, head, inputs, targets, args.task, args.freeze, dtype)
+                    total, count = total + part[0], count + part[1]
                 loss = total / count.clamp(min=1)       # crops may hold ignored pixels only
                 value = loss.item()
                 if not math.isfinite(value):

@@ -60,8 +60,8 @@ def heads(monkeypatch):
     """The state of every head as it was made."""
     made = []
 
-    def make(*args):
-        head = make_head(*args)
+    def make(*args, **more):
+        head = make_head(*args, **more)
         made.append(copy.deepcopy(head.state_dict()))
         return head
     monkeypatch.setattr(finetune, "make_head", make)
