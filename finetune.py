@@ -46,6 +46,7 @@ DEMO = dict(size=64, steps=300, batch_size=64)              # without --data
 PREDICT = dict(steps=0, batch_size=1)                       # photos may be large
 ABLATION = ["demo/teacher.safetensors", "demo/teacher.safetensors:linear",
             "runs/attention/student.safetensors", "runs/features/student.safetensors"]
+PARTS = "train", "val"
 IGNORE = 255                                # in our masks: neither in the loss nor in the score
 HEAD_LR = 10                                # the head learns this much faster than the backbone
 POINTS = 4                                  # of a mask, a patch and side, in a frozen one's loss
@@ -61,10 +62,9 @@ def parse(argv):
     flag("--freeze", action="store_true", help="train only the head")
     flag("--from-scratch", action="store_true", help="start from random weights")
     flag("--predict", metavar="PHOTOS", nargs="+",
-         help="label these photos or folders with the one checkpoint in --weights, train nothing")
+         help="label photos or folders with the one checkpoint in --weights, train nothing")
     flag("--data", help="a folder (see above), or a torchvision set (default: the demo's)")
-    flag("--head", choices=HEADS, help="to segment: a linear layer, or Segmenter's decoder "
-         "(default: a checkpoint's own, else linear)")
+    flag("--head", choices=HEADS, help="to segment (default: a checkpoint's own, else linear)")
     flag("--ignore", type=int, nargs="+", help="ids in masks that count nowhere, -1 for none "
          f"(default: {IGNORE} and the layout's)")
     flag("--size", type=int, help="pixels, a multiple of the patch (default: a checkpoint's own, "
@@ -98,8 +98,7 @@ def parse(argv):
     if args.align and (args.freeze or args.teacher is None or args.predict):
         raise InputError(f"--align {args.align} needs --teacher and a backbone that is tuned")
     if args.freeze and args.from_scratch:
-        raise InputError("--freeze and --from-scratch exclude each other: random weights have no "
-                         "features to keep")
+        raise InputError("--freeze with --from-scratch: random weights have no features to keep")
     return args
 
 
@@ -132,12 +131,11 @@ def read_mask(source):
     """
     if isinstance(source, torch.Tensor):
         return source
-    image, depth, start = decode(source), 8, b""
+    image, start = decode(source), b""
     if isinstance(source, (str, Path)):
         with open(source, "rb") as file:
             start = file.read(26)
-        if start.startswith(b"\x89PNG") and start[25] == 0:                 # grey
-            depth = start[24]
+    depth = start[24] if start.startswith(b"\x89PNG") and start[25] == 0 else 8     # of grey
     lossy = start.startswith(b"\xff\xd8")
     if image.mode not in ("1", "L", "P", "I;16") or lossy:
         raise InputError(f"{source} is no mask: expected one id a pixel, grey or palette, without "
@@ -182,23 +180,22 @@ def pairs(data, part, photos, masks, ends=("", ""), listed=None, **_):
 
 def by_layout(data):
     """-> training pairs, held-out pairs, class names of id 0, 1, ..., ids to ignore."""
-    fits = [name for name, row in LAYOUTS.items() for parts in [row.get("parts", ("train", "val"))]
-            if all(Path(data, row[key].format(part)).is_dir() for key in ("photos", "masks")
-                   for part in parts)]
+    fits = [name for name, row in LAYOUTS.items() if all(
+        Path(data, row[key].format(part)).is_dir() for key in ("photos", "masks")
+        for part in row.get("parts", PARTS))]
     if not fits:
         known = "; ".join(f"{row['photos']} and {row['masks']}" for row in LAYOUTS.values())
         raise InputError(f"{data} is not laid out for --task segment, expected folders: {known}")
-    row, names = LAYOUTS[fits[0]], []
+    row = LAYOUTS[fits[0]]
+    names = row["names"].split(", ") if "names" in row else []
     print(f"{data}: read as {fits[0]}", f"though it could be {fits[1:]}" * (len(fits) > 1))
-    for file in (Path(data, name) for name in ("classes.txt", "objectInfo150.txt")):
-        if file.is_file():
-            try:
-                lines = file.read_text(encoding="utf-8-sig").splitlines()
-            except ValueError as error:
-                raise InputError(f"{file} is no UTF-8 text: {error}") from None
-            names = names or [line.split("\t")[-1].strip() for line in lines]
-    names = names or row["names"].split(", ") if "names" in row else names
-    return *(pairs(data, part, **row) for part in row.get("parts", ("train", "val"))), names, row
+    for file in (Path(data, name) for name in ("objectInfo150.txt", "classes.txt")):
+        try:
+            lines = file.read_text(encoding="utf-8-sig").splitlines() if file.is_file() else []
+        except ValueError as error:
+            raise InputError(f"{file} is no UTF-8 text: {error}") from None
+        names = [line.split("\t")[-1].strip() for line in lines] or names
+    return *(pairs(data, part, **row) for part in row.get("parts", PARTS)), names, row
 
 
 def count_ids(items, colours):
@@ -232,7 +229,7 @@ def count_ids(items, colours):
 def by_class(data):
     """train/CLASS/ and val/CLASS/ -> [(photo, label), ...] of each part, class names."""
     parts = []
-    for part in (Path(data, "train"), Path(data, "val")):
+    for part in (Path(data, part) for part in PARTS):
         if not part.is_dir():
             raise InputError(f"{data} is not laid out for --task classify: expected the folders "
                              "train and val in it")
@@ -343,30 +340,45 @@ class MaskHead(nn.Module):
     """Segmenter's mask transformer (arXiv 2105.05633): (B, rows, columns, C) -> the same of K.
 
     A token per class joins the patches in two blocks with the backbone's own operator, O(N) if that
-    is; before them, as a ViT's prefix: operators that know the grid let it bypass.
+    is; before them, as a ViT's prefix: operators that know the grid let it bypass. Segmenter: a
+    linear layer before it, masks alone; here: that layer starts by whitening, and a linear layer on
+    its output adds to the masks, because a few hundred photos and steps do not teach both.
     """
 
     def __init__(self, arch, classes, attention):
         super().__init__()
-        self.tokens = nn.Parameter(torch.zeros(1, classes, arch.width))
+        C = arch.width
+        self.start = nn.Sequential(nn.LayerNorm(C, elementwise_affine=False), nn.Linear(C, C))
         self.blocks = nn.ModuleList(Block(arch, attention) for _ in range(2))
-        self.start, self.norm = nn.LayerNorm(arch.width), nn.LayerNorm(arch.width)
-        self.of_class, self.of_patch = (nn.Linear(arch.width, arch.width, False) for _ in range(2))
+        self.norm, self.classify = nn.LayerNorm(C), nn.Linear(C, classes)
+        self.of_class, self.of_patch = nn.Linear(C, C, bias=False), nn.Linear(C, C, bias=False)
         self.scale = nn.LayerNorm(classes)              # cosines alone are too alike for a softmax
         for name, tensor in self.named_parameters():
             if ".operator." not in name and tensor.ndim > 1:
                 nn.init.trunc_normal_(tensor, std=0.02)
+        self.tokens = nn.Parameter(torch.randn(1, classes, C))      # as large as whitened patches
+
+    @torch.no_grad()
+    def whiten(self, patches):
+        """Features (n, C) -> none: start makes them of mean 0 and variance 1 in all directions. Few
+        directions hold most of the variance of some ViTs, and classes lie in the others."""
+        x = self.start[0](patches)
+        values, axes = torch.linalg.eigh(x.T.cov().double())
+        axes = axes / (values.clamp(min=0) + 1e-3 * values.mean()).sqrt()   # (C, C), a column each
+        self.start[1].weight.copy_(axes.T)
+        self.start[1].bias.copy_(-axes.T @ x.mean(0).double())
 
     def forward(self, patches):
-        grid, K = patches.shape[1:3], self.tokens.shape[1]
-        x = self.start(patches.flatten(1, 2))                               # (B, N, C)
-        x = torch.cat([self.tokens.expand(len(x), -1, -1), x], dim=1)       # (B, K + N, C)
+        grid, K = tuple(patches.shape[1:3]), self.tokens.shape[1]
+        start = self.start(patches.flatten(1, 2))                           # (B, N, C)
+        x = torch.cat([self.tokens.expand(len(start), -1, -1), start], 1)   # (B, K + N, C)
         for block in self.blocks:
-            x = block(x, tuple(grid))
-        classes, patches = self.norm(x).tensor_split([K], dim=1)
-        classes, patches = self.of_class(classes), self.of_patch(patches)
-        masks = F.normalize(patches, dim=-1) @ F.normalize(classes, dim=-1).mT      # (B, N, K)
-        return self.scale(masks).mT.unflatten(2, grid)
+            x = block(x, grid)
+        tokens, x = self.norm(x).tensor_split([K], dim=1)
+        x, tokens = self.of_patch(x), self.of_class(tokens)
+        masks = F.normalize(x, dim=-1) @ F.normalize(tokens, dim=-1).mT     # (B, N, K)
+        masks = self.scale(masks) + self.classify(start)
+        return masks.mT.unflatten(2, grid)
 
 
 HEADS = {"linear": LinearHead, "mask": MaskHead}
@@ -395,16 +407,13 @@ def load_head(head, tensors, spec):
 def kept_head(head, spec, task, classes, ids, kind="linear"):
     """Give a fresh head the weights that a checkpoint has for the same task, classes and ids."""
     tensors, facts = read_weights(weights_file(spec)[0])
-    if "classes" not in facts:
-        return False
-    theirs = (facts["task"], facts["classes"], facts.get("ids", ids),
-              facts.get("head_kind", "linear"))
-    if theirs != (task, classes, ids, kind):
-        print(f"{spec}: its head is not kept, it is to {theirs[0]} {theirs[1]}, {theirs[3]}")
-        return False
-    load_head(head, tensors, spec)
-    print(f"{spec}: its head is kept")
-    return True
+    theirs = [facts.get("task"), facts.get("classes"), facts.get("ids", ids),
+              facts.get("head_kind", "linear")]
+    if kept := theirs == [task, classes, ids, kind]:
+        load_head(head, tensors, spec)
+    if "classes" in facts:
+        print(f"{spec}: its head is " + ("kept" if kept else f"not kept, it is {theirs}"))
+    return kept
 
 
 def logits_of(vit, head, inputs, task, frozen, dtype=torch.float32):
@@ -453,11 +462,11 @@ def upsampled_classes(logits, size, strip=64):
 
 
 @torch.no_grad()
-def cached(vit, batches, task, device, dtype):
-    """The same batches with features instead of images, on the CPU, in float16 or float64."""
+def cached(vit, batches, task, frozen, device, dtype):
+    """The same batches with what a head reads as inputs, on the CPU, in float16 or float64."""
     kept = dtype if dtype == torch.float64 else torch.float16
-    return [[(logits_of(vit, nn.Identity(), images.to(device), task, False, dtype).to(kept).cpu(),
-              masks) for images, masks in batch] for batch in tqdm(batches, "features", delay=2)]
+    return [[(logits_of(vit, nn.Identity(), inputs.to(device), task, frozen, dtype).to(kept).cpu(),
+              truth) for inputs, truth in batch] for batch in tqdm(batches, "features", delay=2)]
 
 
 @torch.no_grad()
@@ -547,17 +556,17 @@ def predict(args, device, dtype):
     if task == "segment":
         whole = partial(fitted, size=size, patch=vit.arch.patch)
     for start in range(0, len(photos), args.batch_size):
-        batch = []
+        batch, found = [], {}
         for i, (path, _) in enumerate(photos[start:start + args.batch_size], start):
             try:
-                photo = read_image(path, size if task == "classify" else None)
+                photo = read_image(path, None if task == "segment" else size)
                 batch.append((whole((photo, i)), ""))
             except InputError as error:
                 print(f"left out: {error}")
-        found = {i: logits for images, places in by_shape(batch) for i, logits in zip(
-            places.tolist(), logits_of(vit, head, images.to(device), task, False, dtype))}
-        for i, logits in sorted(found.items()):
-            path, name = photos[i]
+        for images, places in by_shape(batch):
+            logits = logits_of(vit, head, images.to(device), task, False, dtype)
+            found |= dict(zip(places.tolist(), logits))
+        for (path, name), logits in ((photos[i], found[i]) for i in sorted(found)):
             if task == "classify":
                 share, best = logits.softmax(0).max(0)
                 print(f"{path}\t{classes[best]}\t{share:.3f}")
@@ -591,12 +600,15 @@ def main(argv=None):
             args.size = model.facts.get("size", model.arch.pixels[0])
         args.head = args.head or model.facts.get("head_kind")
         model.grid(args.size, args.size)
-    segment, args.head = args.task == "segment", args.head or "linear"
+    segment = args.task == "segment"
+    args.head = segment and args.head or "linear"
     source, val_source, classes, ids = load_data(args.data, args.task, args.ignore)
+    new_head = partial(make_head, task=args.task, classes=len(classes), kind=args.head)
+    keep = partial(kept_head, task=args.task, classes=classes, ids=ids, kind=args.head)
     for spec in args.weights if args.steps == 0 else ():
         model, file, _ = load_backbone(spec, args.from_scratch)
-        head = make_head(model.arch, args.task, len(classes), args.head, model.attention)
-        if args.from_scratch or not kept_head(head, file, args.task, classes, ids, args.head):
+        head = new_head(model.arch, attention=model.attention)
+        if args.from_scratch or not keep(head, file):
             raise InputError(f"--steps 0 only scores, but {spec} has no head for these classes")
     files = [args.teacher, *(load_backbone(spec, False)[1] for spec in args.weights
                              if not args.from_scratch)]
@@ -629,8 +641,8 @@ def main(argv=None):
         torch.manual_seed(args.seed)
         vit, file, stage = load_backbone(spec, args.from_scratch)
         torch.manual_seed(args.seed)                    # the same head for each row
-        head = make_head(vit.arch, args.task, len(classes), args.head, vit.attention)
-        its_own = not args.from_scratch and kept_head(head, file, args.task, classes, ids, args.head)
+        head = new_head(vit.arch, attention=vit.attention)
+        its_own = not args.from_scratch and keep(head, file)
         vit, head = vit.to(device, wide), head.to(device, wide)
         if segment:
             whole = partial(fitted, size=args.size, patch=vit.arch.patch)
@@ -638,11 +650,15 @@ def main(argv=None):
         if args.freeze:                                 # features of whole photos, computed once
             vit.eval().requires_grad_(False)
             short = partial(whole, points=POINTS) if segment else whole
-            found = cached(vit, in_order(Draws(source, read, short)) if args.steps else [],
-                           args.task, device, dtype)
+            photos = in_order(Draws(source, read, short)) if args.steps else []
+            found, val = (cached(vit, part, args.task, False, device, dtype)
+                          for part in (photos, val))
             items = [item for batch in found for group in batch for item in zip(*group)]
             draws = Draws(items, tuple, tuple, args.seed)
-            val = cached(vit, val, args.task, device, dtype)
+        if args.head == "mask" and not its_own and args.steps:
+            start = cached(vit, [next(iter(in_order(draws, sampler=range(args.batch_size))))],
+                           args.task, args.freeze, device, dtype)
+            head.whiten(torch.cat([x.flatten(0, 2) for x, _ in start[0]]).to(device, wide))
         head_lr = args.lr if args.from_scratch else HEAD_LR * args.lr
         groups = [dict(params=list(head.parameters()), lr=head_lr)]
         if not args.freeze:
@@ -660,8 +676,9 @@ def main(argv=None):
                      seed=args.seed, head_kind=args.head)
         if i > first or not saved:
             kept["best"] = -1.0
-        progress = Progress(args, out, saved if i == first else None, mark, kept, vit=vit,
-                            head=head, optimizer=optimizer, schedule=schedule, scaler=scaler)
+        progress = Progress(args, out, saved if i == first else None, mark, kept, head=head,
+                            vit=nn.Identity() if args.freeze else vit, optimizer=optimizer,
+                            schedule=schedule, scaler=scaler)
         order = range(progress.step * args.batch_size + RANK, args.steps * args.batch_size, WORLD)
         train = loader(draws, args.batch_size // WORLD, sampler=order,
                        num_workers=0 if args.freeze else args.workers)
@@ -669,14 +686,16 @@ def main(argv=None):
                            dtype)
         with progress:
             for step, batch in enumerate(train, progress.step + 1):
-                batch = [(inputs.to(device, non_blocking=True),
-                          targets.to(device, non_blocking=True)) for inputs, targets in batch]
-                total, count = map(sum, zip(*(loss_of(vit, head, *part, args.task, args.freeze,
-                                                      dtype) for part in batch)))
+                total = count = 0
+                for inputs, targets in batch:           # one shape each; of crops there is one
+                    inputs = inputs.to(device, non_blocking=True)
+                    targets = targets.to(device, non_blocking=True)
+                    part = loss_of(vit, head, inputs, targets, args.task, args.freeze, dtype)
+                    total, count = total + part[0], count + part[1]
                 count = average([count.to(total.dtype)])[0]
                 loss = total / count.clamp(min=1)       # crops may hold ignored pixels only
                 if args.align:
-                    loss = loss + args.align * alignment(teacher, vit, batch[0][0], dtype)
+                    loss = loss + args.align * alignment(teacher, vit, inputs, dtype)
                 scaler.scale(loss).backward()
                 average(p.grad for group in groups for p in group["params"])
                 scaler.unscale_(optimizer)
@@ -709,12 +728,10 @@ def main(argv=None):
         if segment:                                     # a picture of the first photos
             held_out = Draws(val_source, read, whole)
             shown = [held_out[j][0] for j in range(min(6, len(held_out)))]
-            with torch.no_grad():
-                logits = [logits_of(vit, head, photo[None].to(device), args.task, False, dtype)
-                          for photo, _ in shown]
             guesses.append((f"{spec}: {vit.attention}, mIoU {score:.1f}", [
-                upsampled_classes(x, mask.shape)[0].byte().cpu()
-                for x, (_, mask) in zip(logits, shown)]))
+                upsampled_classes(logits_of(vit, head, photo[None].to(device), args.task, False,
+                                            dtype).detach(), mask.shape)[0].byte().cpu()
+                for photo, mask in shown]))
 
     progress.finish()
     if segment and RANK == 0:

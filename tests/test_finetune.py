@@ -14,7 +14,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
-from torch.utils.data import DataLoader
+from torch.utils.flop_counter import FlopCounterMode
 
 import finetune
 from conftest import (ARCH, SIZE, brief, call, header, log_of, middle, moved, random_images,
@@ -43,15 +43,16 @@ def load_head(checkpoint, task):
 
 
 def score_again(files, checkpoint, task):
-    """evaluate() on the held-out photos, all in one batch, read and scaled here."""
+    """evaluate() on the held-out photos, one by one, read and scaled here."""
     if task == "classify":
-        batch = [(middle(path), label) for path, label in finetune.by_class(files / task)[1]]
+        batch = [(middle(path)[None], torch.tensor([label]))
+                 for path, label in finetune.by_class(files / task)[1]]
     else:
         class_of = np.array([0, *[1] * 254, IGNORE], dtype=np.uint8)
-        batch = [(middle(path), torch.from_numpy(class_of[np.array(Image.open(mask))]))
-                 for path, mask in finetune.pairs(files / task / "val")]
-    return evaluate(load_vit(checkpoint), load_head(checkpoint, task),
-                    DataLoader(batch, len(batch)), task, False, 2, "cpu")
+        batch = [(middle(path)[None], torch.from_numpy(class_of[np.array(Image.open(mask))])[None])
+                 for path, mask in finetune.by_layout(files / task)[1]]
+    return evaluate(load_vit(checkpoint), load_head(checkpoint, task), [batch], task, False, 2,
+                    "cpu")
 
 
 @pytest.fixture
@@ -59,8 +60,8 @@ def heads(monkeypatch):
     """The state of every head as it was made."""
     made = []
 
-    def make(*args):
-        head = make_head(*args)
+    def make(*args, **more):
+        head = make_head(*args, **more)
         made.append(copy.deepcopy(head.state_dict()))
         return head
     monkeypatch.setattr(finetune, "make_head", make)
@@ -87,10 +88,10 @@ def test_finetune(files, tmp_path, heads, task, freeze):
     printed = tune(files, tmp_path, task, *freeze, "--seed", 3)
     (row,), said = rows_of(tmp_path), header(file)
     facts = dict(task=task, classes=CLASSES[task], ids=[0, 7] if segment else [0, 1], size=SIZE,
-                 frozen=bool(freeze), seed=3)
+                 frozen=bool(freeze), seed=3, head_kind="linear")
     want = facts | dict(
         weights=str(files / "teacher.safetensors"), attention="softmax", stage="pretrained",
-        head="Segmenter" if segment else "Linear", metric="mIoU" if segment else "top-1",
+        metric="mIoU" if segment else "top-1",
         held_out=5 if segment else 10, steps=3, batch_size=4, kept_head=False, checkpoint=str(file))
     assert {key: row[key] for key in want} == want and list(row["per_class"]) == row["classes"]
     assert {key: said[key] for key in facts} == facts and said["stage"] == "pretrained+finetune"
@@ -98,10 +99,11 @@ def test_finetune(files, tmp_path, heads, task, freeze):
     assert moved(start, load_vit(file).state_dict()) == (set() if freeze else start.keys())
     head = load_head(file, task).state_dict()
     assert moved(heads[0], head) == head.keys() and len(head) == (4 if segment else 2)
-    if segment:                                 # picture: photo, truth, prediction of four photos
+    if segment:         # picture: five photos, truth and prediction below captions, and a legend
         with Image.open(tmp_path / "segment.png") as image:
-            assert image.size == (4 * (SIZE + 2) + 2, 3 * (SIZE + 2) + 2)
-    score, per_class, _ = score_again(files, file, task)
+            assert image.size == (5 * 160, 3 * 180 + 10 + 20) and len(image.getcolors(10 ** 6)) > 99
+        assert printed.count("IoU of class") == 1
+    score, per_class = score_again(files, file, task)
     near = dict(abs=(1 if segment else 20.1) if freeze else 1e-9)   # float16 may turn a photo
     assert row["score"] == pytest.approx(score, **near) and f"{row['score']:.2f}" in printed
     assert list(row["per_class"].values()) == pytest.approx(per_class, **near)
@@ -176,6 +178,12 @@ def one_hot(guess, classes):
     return F.one_hot(torch.as_tensor(guess), classes).float().movedim(-1, 1) * 5
 
 
+def logits_of_photo(checkpoint, path):
+    """The likeliest class of the middle of a photo."""
+    vit, head = load_vit(checkpoint), load_head(checkpoint, "classify")
+    return finetune.logits_of(vit, head, middle(path)[None], "classify", False).argmax().item()
+
+
 def score(batches, task, classes):
     """evaluate() of a head whose logits are its input."""
     return evaluate(None, nn.Identity(), batches, task, True, classes, "cpu")
@@ -187,19 +195,18 @@ def test_miou_and_top_1_by_hand():
                          dtype=torch.uint8)
     guess = [[[0, 1, 1, 1], [0, 1, 0, 2]], [[0, 0, 0, 2], [1, 1, 1, 1]]]
     # 0: 5 right, 7 there, 6 guessed, 5 / 8.  1: 4 right, 5 there, 5 guessed, 4 / 6.  2: 0 / 1.
-    batches = zip(one_hot(guess, 4).split(1), truth.split(1))
-    found, by_class, first = score(batches, "segment", 4)
+    batches = [list(zip(one_hot(guess, 4).split(1), truth.split(1)))]
+    found, by_class = score(batches, "segment", 4)
     assert by_class[:3] == pytest.approx([62.5, 100 * 4 / 6, 0]) and math.isnan(by_class[3])
-    assert found == pytest.approx((62.5 + 100 * 4 / 6 + 0) / 3) and first.tolist() == guess[:1]
+    assert found == pytest.approx((62.5 + 100 * 4 / 6 + 0) / 3)
     truth = torch.tensor([[0, 0, 0, 0, 1, 1, 1, 1]] * 4, dtype=torch.uint8)[None]
-    found, _, first = score([(one_hot([[[0, 1]]], 2), truth)], "segment", 2)    # a patch: 4 pixels
-    assert found == 100 and torch.equal(first, truth.long())
+    assert score([[(one_hot([[[0, 1]]], 2), truth)]], "segment", 2)[0] == 100   # a patch: 4 pixels
     # top-1 is of all photos, not the mean of the classes; label 255 is a label like any other
-    batches = [(one_hot([0, 0, 1, 1], 300), torch.tensor([0, 0, 0, 1])),
-               (one_hot([1, 255], 300), torch.tensor([2, 255]))]
-    found, by_class, first = score(batches, "classify", 300)
+    batches = [[(one_hot([0, 0, 1, 1], 300), torch.tensor([0, 0, 0, 1])),
+                (one_hot([1, 255], 300), torch.tensor([2, 255]))]]
+    found, by_class = score(batches, "classify", 300)
     assert found == pytest.approx(100 * 4 / 6) and by_class[255] == 100
-    assert by_class[:3] == pytest.approx([100 * 2 / 3, 100, 0]) and first.tolist() == [0, 0, 1, 1]
+    assert by_class[:3] == pytest.approx([100 * 2 / 3, 100, 0])
 
 
 @pytest.mark.parametrize("grid, size, strip", [
@@ -220,12 +227,12 @@ def test_ignored_pixels_have_no_gradient():
     masks[:, 0], masks[1, 1] = IGNORE, 2
     for masks, some in ((masks, True), (torch.full((2, 4, 4), IGNORE), False)):
         logits, counted = seeded(2, 3, 4, 4).requires_grad_(), masks != IGNORE
-        loss = task_loss(None, nn.Identity(), logits, masks.to(torch.uint8), "segment", True)
-        loss.backward()
+        total, count = task_loss(None, nn.Identity(), logits, masks.byte(), "segment", True)
+        total.backward()
         assert torch.equal(logits.grad.abs().sum(1) > 0, counted) and counted.any() == some
         kept = logits.detach().movedim(1, -1)[counted].log_softmax(-1)      # (pixels, K)
-        want = -kept.gather(1, masks[counted][:, None]).sum() / max(1, len(kept))
-        assert loss.item() == pytest.approx(want.item(), rel=1e-5)
+        want = -kept.gather(1, masks[counted][:, None]).sum()
+        assert total.item() == pytest.approx(want.item(), rel=1e-5) and count == len(kept)
 
 
 def test_metrics_are_json_where_a_class_is_in_no_held_out_mask(files, tmp_path):
@@ -259,28 +266,41 @@ def test_features_are_cls_and_mean_patch_or_the_grid():
 # --------------------------------------------------------------------------------------------------
 # Masks, predictions, kept heads
 
+def mixed(top, shapes, turn=None):
+    """images/masks of these (rows, columns): a photo is its own mask, 100 and ignored 255."""
+    for part in ("train", "val"):
+        for name in ("images", "masks"):
+            (top / part / name).mkdir(parents=True, exist_ok=True)
+        for i, (rows, columns) in enumerate(shapes):
+            pixels, exif = np.zeros((rows, columns), dtype=np.uint8), Image.Exif()
+            pixels[rows // 8:rows // 2, columns // 8:columns // 2] = 255
+            pixels[3 * rows // 4:] = 100
+            exif[0x0112] = 6                    # seen turned right; its mask is drawn on that
+            raw = Image.fromarray(np.ascontiguousarray(np.rot90(pixels))).convert("RGB")
+            raw.save(top / f"{part}/images/{i}.png", exif=exif)
+            Image.fromarray(pixels).save(top / f"{part}/masks/{i}.png")
+    return top
+
+
 def test_masks_follow_their_photos(tmp_path, files, drawn):
-    """Cropped, mirrored, squeezed and turned upright together: a photo that is its own mask stays
-    so but for edges, which only a photo blends. 255 and classes are not blended."""
-    pixels, turned, made = np.zeros((40, 48), dtype=np.uint8), Image.Exif(), drawn(finetune)
-    pixels[5:25, 6:20], pixels[30:] = 255, 100
-    turned[0x0112] = 6                              # seen turned right; its mask is drawn on that
-    for part in (tmp_path / "segment/train", tmp_path / "segment/val"):
-        (part / "images").mkdir(parents=True)
-        (part / "masks").mkdir()
-        raw = Image.fromarray(np.rot90(pixels)).convert("RGB")
-        raw.save(part / "images/a.png", exif=turned)
-        Image.fromarray(pixels).save(part / "masks/a.png")
+    """Scaled, cropped, mirrored and turned upright together: a photo that is its own mask stays so
+    but for edges, which only a photo blends. What a crop has beyond the photo is ignored."""
+    made, data = drawn(finetune), mixed(tmp_path / "segment", [(40, 48)])
     tune(tmp_path, tmp_path / "out", "segment", "--weights", files / "teacher.safetensors")
-    train, held_out = ([draws[i][0] for i in range(n)] for draws, n in zip(made, (12, 1)))
-    for image, mask in train + held_out:
+    train, held_out = ([draws[i][0] for i in range(n)] for draws, n in zip(made, (30, 1)))
+    margins = 0
+    for image, mask in train:
         assert image.shape == (3, SIZE, SIZE) and mask.shape == (SIZE, SIZE)
         assert set(mask.unique().tolist()) <= {0, 1, 255}                   # 100 is class 1
         shown = torch.tensor([0, 100, 255])[mask.clamp(max=2).long()]
-        assert ((image[0].int() - shown).abs() < 40).float().mean() > 0.85
-    assert len({mask.numpy().tobytes() for _, mask in train}) > 6
-    squeezed = F.interpolate(torch.from_numpy(pixels)[None, None], SIZE).clamp(max=101)
-    assert torch.equal(held_out[0][1], torch.tensor([0] * 100 + [1, 255])[squeezed[0, 0].long()])
+        beyond = (image == 124).all(0)
+        assert (mask[beyond] == IGNORE).float().mean() > 0.9 if beyond.sum() > 99 else True
+        margins += beyond.sum() > 99
+        assert ((image[0].int() - shown).abs() < 40)[~beyond].float().mean() > 0.85
+    assert 3 < margins < 27 and len({mask.numpy().tobytes() for _, mask in train}) > 25
+    (image, mask), truth = held_out[0], np.array(Image.open(data / "val/masks/0.png"))
+    assert image.shape == (3, SIZE, 40)                 # 32 x 38.4, to the patch; its mask as it is
+    assert torch.equal(mask, torch.tensor([0] * 100 + [1] * 155 + [255])[truth.astype(int)].byte())
 
 
 def test_predict_labels_as_evaluate_does(files, tuned, tmp_path):
@@ -294,36 +314,197 @@ def test_predict_labels_as_evaluate_does(files, tuned, tmp_path):
     right = [Path(path).parent.name == label for path, label in zip(paths, guesses)]
     assert row["score"] == pytest.approx(100 * sum(right) / len(right))
     assert all(0.5 <= float(share) <= 1 for share in shares)
-    _, _, first = score_again(files, file, "classify")
-    assert list(guesses) == [CLASSES["classify"][i] for i in first]
+    assert list(guesses) == [CLASSES["classify"][logits_of_photo(file, path)] for path in paths]
     assert not (tmp_path / "none").exists()         # nothing to write but the lines
 
 
-def test_predict_writes_masks_as_evaluate_does(files, tuned, tmp_path):
-    """Palette PNGs of the photo's own size, ids as in the data; of a photo that has the run's size
-    exactly the mask that was scored. Beside each, the photo with its mask's colours over it."""
-    _, _, first = score_again(files, tuned["segment"], "segment")
-    assert first.unique().tolist() == [0, 1]
+def test_predict_writes_masks(files, tuned, tmp_path):
+    """Palette PNGs of the photo's own size, ids as in the data. Beside each, the photo with its
+    mask's colours over it."""
     predict = finetune, "--weights", tuned["segment"], "--predict"
-    for part, size in (("train", (48, 40)), ("val", (SIZE, SIZE))):
-        photos = sorted((files / "segment" / part / "images").iterdir())
-        printed = call(*predict, photos[0].parents[1], photos[0], "--out", tmp_path / part)
-        masks = tmp_path / part / "masks/images"
-        assert {path.name for path in masks.iterdir()} == {
-            f"{photo.name}{end}.png" for photo in photos for end in ("", ".overlay")}
-        assert (masks.parent / "0.jpg.png").read_bytes() == (masks / "0.jpg.png").read_bytes()
-        for i, photo in enumerate(photos):
-            with Image.open(masks / f"{photo.name}.png") as mask:
-                assert (mask.size, mask.mode) == (size, "P")
-                ids, palette = torch.from_numpy(np.array(mask)).long(), mask.getpalette()
-            assert set(ids.unique().tolist()) <= {0, 7} and f"\t{masks / photo.name}.png" in printed
-            assert part == "train" or torch.equal(ids, 7 * first[i])
-            assert palette[21:24] == [int(255 * share) for share in PALETTE[7]]
-            want = read_image(photo) / 2 + 255 * PALETTE[ids].movedim(-1, 0) / 2
-            found = read_image(masks / f"{photo.name}.overlay.png")
-            assert (found - want).abs().max() <= 1
+    photos = sorted((files / "segment/train/images").iterdir())
+    printed = call(*predict, photos[0].parents[1], photos[0], "--out", tmp_path / "out")
+    masks, seen = tmp_path / "out/masks/images", set()
+    assert {path.name for path in masks.iterdir()} == {
+        f"{photo.name}{end}.png" for photo in photos for end in ("", ".overlay")}
+    assert (masks.parent / "0.jpg.png").read_bytes() == (masks / "0.jpg.png").read_bytes()
+    for photo in photos:
+        with Image.open(masks / f"{photo.name}.png") as mask:
+            assert (mask.size, mask.mode) == ((48, 40), "P")
+            ids, palette = torch.from_numpy(np.array(mask)).long(), mask.getpalette()
+        seen |= set(ids.unique().tolist())
+        assert f"\t{masks / photo.name}.png" in printed
+        assert palette[21:24] == [int(255 * share) for share in PALETTE[7]]
+        want = read_image(photo) / 2 + 255 * PALETTE[ids].movedim(-1, 0) / 2
+        found = read_image(masks / f"{photo.name}.overlay.png")
+        assert (found - want).abs().max() <= 1
+    assert seen == {0, 7}
     both = files / "segment/train", files / "segment/val"
     assert "one name" in refusal(call, *predict, *both, "--out", tmp_path / "both")
+
+
+SHAPES = [(40, 48), (48, 40), (20, 200), (150, 30), (5, 7), (1, 1), (33, 32)]
+
+
+def test_photos_of_any_shape(files, tuned, tmp_path):
+    """The score is that of the masks that --predict writes, by an independent count; these have the
+    photos' own size, in batches or one by one, and differ with --size."""
+    data, file = mixed(tmp_path / "segment", SHAPES), tuned["segment"]
+    tune(tmp_path, tmp_path / "run", "segment", "--weights", file, "--lr", 1e-3, "--steps", 9)
+    file, masks = tmp_path / "run/0-segment.safetensors", {}
+    for size, flags in ((SIZE, []), (16, []), (64, []), ("8", ["--batch-size", 3])):
+        size_flag = [] if size == SIZE else ["--size", size]            # the checkpoint's own
+        call(finetune, "--weights", file, "--predict", data / "val/images", *size_flag, *flags,
+             "--out", tmp_path / f"p{size}")
+        masks[size] = [np.array(Image.open(tmp_path / f"p{size}/masks/{i}.png.png"))
+                       for i in range(len(SHAPES))]
+        assert [mask.shape for mask in masks[size]] == SHAPES
+    assert len({b"".join(mask.tobytes() for mask in found) for found in masks.values()}) == 4
+    call(finetune, "--weights", file, "--predict", data / "val/images", "--batch-size", 5, "--out",
+         tmp_path / "batch")
+    for i, mask in enumerate(masks[SIZE]):
+        assert np.array_equal(mask, Image.open(tmp_path / f"batch/masks/{i}.png.png"))
+    truth, guess = (np.concatenate([np.ravel(mask) for mask in part]) for part in (
+        [Image.open(data / f"val/masks/{i}.png") for i in range(len(SHAPES))], masks[SIZE]))
+    truth, guess = truth[truth != 255], guess[truth != 255]
+    iou = [((truth == id) & (guess == id)).sum() / ((truth == id) | (guess == id)).sum()
+           for id in (0, 100)]
+    assert rows_of(tmp_path / "run")[0]["score"] == pytest.approx(100 * np.mean(iou), abs=0.01)
+    tune(tmp_path, tmp_path / "frozen", "segment", "--weights", file, "--steps", 0, "--freeze")
+    frozen, = rows_of(tmp_path / "frozen")
+    assert frozen["kept_head"] and frozen["score"] == pytest.approx(100 * np.mean(iou), abs=0.5)
+    assert len(set(np.unique(guess))) == 2              # or it would say little
+
+
+def test_flags_that_predict_has_no_use_for(tuned, tmp_path):
+    for flag in (["--data", "x"], ["--task", "segment"], ["--steps", 0], ["--freeze"],
+                 ["--head", "mask"], ["--ignore", 3]):
+        assert flag[0] in refusal(call, finetune, "--weights", tuned["segment"], "--predict", "p",
+                                  *flag, "--out", tmp_path / "out")
+
+
+def layout(top, photo, mask, names, ids=(0, 1, 255)):
+    """Photos and masks of 8 x 8 pixels by two patterns, a column of each id in every mask."""
+    for name in names:
+        for path in (top / photo.format(*name), top / mask.format(*name)):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((8, 8, 3), 9, dtype=np.uint8)).save(top / photo.format(*name))
+        columns = np.resize(np.array(ids, dtype=np.uint8), 8)
+        Image.fromarray(np.tile(columns, (8, 1))).save(top / mask.format(*name))
+    return top
+
+
+@pytest.mark.parametrize("kind, photo, mask, parts, ids, want", [
+    ("images/masks", "{}/images/{}.jpg", "{}/masks/{}.png", ("train", "val"), (0, 1, 255),
+     {0: "0", 1: "1"}),
+    ("VOC", "JPEGImages/{}_{}.jpg", "SegmentationClass/{}_{}.png", ("train", "val"), (0, 15, 255),
+     {0: "background", 15: "person"}),
+    ("CamVid", "{}/{}.png", "{}annot/{}.png", ("train", "val"), (0, 3, 11),
+     {0: "sky", 3: "road"}),
+    ("Cityscapes", "leftImg8bit/{}/ulm/{}_leftImg8bit.png",
+     "gtFine/{}/ulm/{}_gtFine_labelTrainIds.png", ("train", "val"), (0, 13, 255),
+     {0: "road", 13: "car"}),
+    ("ADE20K", "images/{}/{}.jpg", "annotations/{}/{}.png", ("training", "validation"), (0, 1, 150),
+     {1: "wall", 150: "150"})])
+def test_layouts(tmp_path, capsys, kind, photo, mask, parts, ids, want):
+    """Pairs, class names and ignored ids of each; lone photos and masks are said, and left out."""
+    names = [(part, f"{part}{i}") for part in parts for i in range(3)]
+    top = layout(tmp_path / "data", photo, mask, names, ids)
+    if kind == "VOC":                                   # lists of the photos; the third is in none
+        (top / "ImageSets/Segmentation").mkdir(parents=True)
+        for part in parts:
+            lines = "".join(f"{part}_{part}{i}\n" for i in range(2))
+            (top / f"ImageSets/Segmentation/{part}.txt").write_text(lines)
+    else:
+        (top / photo.format(parts[0], f"{parts[0]}2")).unlink()
+        (top / mask.format(parts[1], f"{parts[1]}2")).unlink()
+    if kind == "ADE20K":
+        (top / "objectInfo150.txt").write_text("Idx\tRatio\tName\n1\t0.15\twall \n")
+    train, val, classes, found = finetune.load_data(str(top), "segment")
+    assert dict(zip(found, classes, strict=True)) == want
+    for part, items in zip(parts, (train, val), strict=True):
+        assert [(str(path), str(truth)) for path, truth in items] == [
+            tuple(str(top / way.format(part, f"{part}{i}")) for way in (photo, mask))
+            for i in range(2)]
+    said = capsys.readouterr().out
+    assert f"read as {kind}" in said and said.count("left out") == 2 * (kind != "VOC")
+    others = finetune.load_data(str(top), "segment", [ids[1], ids[2]] if ids[0] else [ids[1]])[3]
+    assert ids[1] not in others and len(others) == 2
+
+
+@pytest.mark.parametrize("attention", ("softmax", "linear_conv"))
+def test_mask_head(attention):
+    """Twice the patches are twice the FLOPs but for softmax; a batch is its photos one by one;
+    class tokens bypass the grid; every tensor learns; whitened, no direction is lost."""
+    torch.manual_seed(0)
+    head = make_head(ARCH, "segment", 3, "mask", attention)
+    flops = []
+    for rows in (8, 16):
+        with FlopCounterMode(display=False) as counter:
+            head(torch.zeros(1, rows, 64, ARCH.width))
+        flops.append(counter.get_total_flops())
+    assert flops[1] / flops[0] == pytest.approx(2, abs=0.02) or attention == "softmax"
+    x = seeded(2, 3, 5, ARCH.width)
+    both = head(x)
+    assert both.shape == (2, 3, 3, 5)
+    torch.testing.assert_close(both, torch.cat([head(x[:1]), head(x[1:])]), atol=1e-4,
+                               rtol=1e-4)
+    if attention == "linear_conv":
+        seen = []
+        for block in head.blocks:
+            nn.init.normal_(block.attn.operator.conv.weight)
+            block.attn.operator.conv.register_forward_hook(lambda _, x, y: seen.append(x[0].shape))
+        head(x)
+        assert seen == [(2, ARCH.width, 3, 5)] * 2
+    stretched = seeded(999, ARCH.width) @ seeded(ARCH.width, ARCH.width, seed=1)
+    head.whiten(stretched)
+    spread, before = (torch.linalg.eigvalsh(x.T.cov()) for x in (head.start(stretched), stretched))
+    assert spread[6:].min() > 0.6 and spread.max() < 1.01 and before[-1] > 99 * before[6]
+    F.cross_entropy(head(x), torch.ones(2, 3, 5, dtype=torch.long)).backward()
+    assert all(p.grad is not None and p.grad.any() for p in head.parameters())
+
+
+@FREEZE
+def test_the_kind_of_head_is_remembered(files, tuned, tmp_path, freeze):
+    """By --predict, --steps 0 and FILE:OPERATOR, which swaps the head's operator, too."""
+    teacher, out = files / "teacher.safetensors", tmp_path / "out"
+    tune(files, out, "segment", "--head", "mask", *freeze, "--weights", f"{teacher}:linear_conv")
+    file, head = out / "0-segment.safetensors", make_head(ARCH, "segment", 2, "mask", "linear_conv")
+    assert header(file)["head_kind"] == "mask" and rows_of(out)[0]["head_kind"] == "mask"
+    assert kept_head(head, file, "segment", ["0", "7"], [0, 7], "mask")
+    assert not kept_head(make_head(ARCH, "segment", 2), file, "segment", ["0", "7"], [0, 7])
+    said = tune(files, tmp_path / "again", "segment", "--weights", file, f"{file}:linear",
+                "--steps", 0, *freeze)
+    rows = rows_of(tmp_path / "again")
+    assert said.count("is kept") == 4 and rows[0]["head_kind"] == "mask"
+    assert rows[0]["score"] == pytest.approx(rows_of(out)[0]["score"], abs=1 if freeze else 1e-9)
+    call(finetune, "--weights", file, "--predict", files / "segment/val/images", "--out",
+         tmp_path / "predicted")
+    assert len(list((tmp_path / "predicted/masks").iterdir())) == 10
+    assert "--head" in refusal(tune, files, tmp_path / "c", "classify", "--head", "mask")
+
+
+def test_a_frozen_run_caches_photos_of_any_shape(files, tmp_path, monkeypatch):
+    """Each once, whole, without augmentation; draws follow from seed and number alone."""
+    data, seen, made = mixed(tmp_path / "segment", SHAPES), [], []
+    real, teacher = finetune.Draws, files / "teacher.safetensors"
+    monkeypatch.setattr(finetune, "Draws", lambda *args: made.append(real(*args)) or made[-1])
+    tune(tmp_path, tmp_path / "out", "segment", "--freeze", "--weights", teacher, "--seed", 5)
+    cached = next(draws for draws in made if isinstance(draws.source, list) and isinstance(
+        draws.source[0][0], torch.Tensor))
+    vit, shapes = load_vit(teacher), [tuple(x.shape[:2]) for x, _ in cached.source]
+    for path, truth in zip(*(sorted((data / f"train/{name}").iterdir())
+                             for name in ("images", "masks"))):
+        photo, _ = finetune.fitted((read_image(path), None), SIZE, 8)
+        want = finetune.features(vit, photo[None], "segment")[0]
+        near = [x for x, mask in cached.source if x.shape == want.shape
+                and (x.float() - want).abs().max() < 0.01]
+        assert len(near) >= 1 and all(x.dtype == torch.float16 for x in near)
+    assert len(shapes) == len(SHAPES) and all(
+        mask.shape == (4 * rows, 4 * columns) for (rows, columns), (_, mask) in
+        zip(shapes, cached.source))
+    order = [id(cached[i][0][0]) for i in range(7)]
+    assert sorted(order) == sorted(id(x) for x, _ in cached.source) and cached.seed == 5
 
 
 @FREEZE
@@ -362,7 +543,9 @@ def test_a_head_is_kept_only_for_the_same_task_classes_and_ids(files, tuned, tmp
 
 def test_a_labelled_photo_that_is_gone_ends_the_run():
     """Its neighbour would be trained on, or scored, twice."""
-    good = ("images", "labels"), ("", "")
-    assert list(finetune.labelled([good, good])) == [good[0]] * 2
-    gone = ("images", "labels"), ("", "a.jpg is not a readable image: gone")
-    assert "a.jpg" in refusal(list, finetune.labelled([good, gone]))
+    image = torch.zeros(3, 2, 4)
+    draws = [((image, 0), ""), ((image.mT, 1), ""), ((image, 2), "")]
+    (wide, first), (tall, second) = finetune.by_shape(draws)
+    assert (wide.shape, tall.shape) == ((2, 3, 2, 4), (1, 3, 4, 2))
+    assert (first.tolist(), second.tolist()) == ([0, 2], [1])
+    assert "a.jpg" in refusal(finetune.by_shape, [*draws, ((image, 3), "a.jpg is gone")])
