@@ -1053,7 +1053,8 @@ class Progress:
     def stop(self, number, _):
         """The step is finished first. A second signal ends at once, but torchrun sends two."""
         self.signal = number
-        signal.signal(number, signal.SIG_IGN if WORLD > 1 else signal.SIG_DFL)
+        for each in self.before:
+            signal.signal(each, signal.SIG_IGN if WORLD > 1 else signal.SIG_DFL)
 
     def done(self, loss, **row):
         """After each step: a line in the log, the bar, the state when it is due; may end the run."""
