@@ -1072,8 +1072,11 @@ class Progress:
         if stop or time.perf_counter() > self.due:
             self.save()
         if stop:
-            raise Stopped(self.signal or signal.SIGTERM, f"step {self.step}, {self.out / 'state.pt'}"
-                          ": the same command goes on from here")
+            raise self.stopped()
+
+    def stopped(self):
+        return Stopped(self.signal or signal.SIGTERM, f"step {self.step}, {self.out / 'state.pt'}: "
+                       "the same command goes on from here")
 
     def save(self):
         self.log.flush()
@@ -1091,6 +1094,8 @@ class Progress:
         self.bar.close()
         if kind is None:
             self.save()                                 # what follows, scoring, may be stopped, too
+            if self.signal:                             # since the last step was logged
+                raise self.stopped()
         elif kind is Stopped and WORLD > 1:
             dist.barrier()                              # none ends before the state is written
         self.log.close()
