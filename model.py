@@ -632,9 +632,9 @@ def write_whole(path, content):
         Path(part).write_bytes(content)
         os.replace(part, path)
     except (OSError, ValueError) as error:              # no room, or NaN where a number should be
-        if os.path.exists(part):
-            os.unlink(part)
         raise InputError(f"{path} could not be written: {one_line(error)}") from None
+    finally:                                            # signals, too
+        Path(part).unlink(missing_ok=True)
 
 
 def save_vit(model, path, head=None, **facts):
