@@ -995,7 +995,11 @@ def open_out(args, inputs, read=""):
     if WORLD > 1:
         dist.barrier()                                  # the folder is as rank 0 leaves it
     if state.is_file():
-        saved = torch.load(state, map_location="cpu", weights_only=True)
+        try:
+            saved = torch.load(state, map_location="cpu", weights_only=True)
+        except Exception:                               # junk makes the reader raise nearly anything
+            raise InputError(f"{state} is cut or damaged, or holds more than tensors: remove it, and "
+                             "the same command begins anew") from None
         if saved["read"] != read:
             raise InputError(f"--out {args.out} holds a stopped run, and a weight file or the "
                              "photos that it read have changed: put them back, or name another "
