@@ -899,8 +899,6 @@ def device_and_dtype(name):
         if device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("nccl" if device == "cuda" else "gloo")
-        if RANK > 0:
-            sys.stdout = open(os.devnull, "w")
     if name == "auto" and device == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
         name = "bfloat16" if native else "float16"
@@ -1106,12 +1104,14 @@ class Progress:
 
     def finish(self):
         """The run is over and its files are written: no state is needed. Draws the log's curves."""
+        if RANK > 0:                                    # it may be over before rank 0 has written
+            return
         (self.out / "state.pt").unlink(missing_ok=True)
         try:
             from matplotlib.figure import Figure
         except ModuleNotFoundError:
             return
-        rows = [json.loads(line) for line in open(self.out / "log.jsonl")] if RANK == 0 else []
+        rows = [json.loads(line) for line in open(self.out / "log.jsonl")]
         figure = Figure(figsize=(8, 4), layout="constrained")
         axes = figure.subplots(1, 2)
         for key, axis in zip(("loss", "held_out"), axes):
@@ -1128,6 +1128,8 @@ def run(main):
     """A script's main(), with what a user can mend as one line on stderr instead of a traceback."""
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")            # a terminal that cannot print a file's name
+    if RANK > 0:
+        sys.stdout = open(os.devnull, "w")
     for number in (signal.SIGINT, signal.SIGTERM):      # a parent process may have them ignored
         signal.signal(number, interrupt)
     script, code = Path(sys.argv[0]).name, 1
@@ -1143,7 +1145,8 @@ def run(main):
     except Stopped as stop:
         number, left = stop.args
         message, code = f"stopped by {signal.Signals(number).name}: {left}", 128 + number
-    print(f"{script}: {message}", file=sys.stderr)
+    if RANK == 0 or code == 1:
+        print(f"{script}: {message}", file=sys.stderr)
     sys.exit(code)
 
 
