@@ -1040,7 +1040,7 @@ class Progress:
             for name, part in parts.items():
                 part.load_state_dict(saved["parts"][name])
             self.step, self.seconds = saved["step"], saved["seconds"]
-            self.log.truncate(saved["logged"])          # later lines are of steps done again
+            self.log.truncate(min(saved["logged"], self.log.tell()))    # later lines: done again
 
     def __enter__(self):
         self.start = time.perf_counter() - self.seconds
