@@ -979,7 +979,8 @@ def open_out(args, inputs, read=""):
     state, mark = out / "state.pt", out / "run.json"
     settings = json.loads(json.dumps({"script": Path(sys.argv[0]).name, **vars(args)}))
     try:
-        if RANK == 0 and out.is_dir() and any(out.iterdir()):
+        if RANK == 0 and out.is_dir() and [path for path in out.iterdir()
+                                           if path.name != f".{mark.name}.part"]:
             if not mark.is_file() or b'"script"' not in mark.read_bytes():
                 raise InputError(f"--out {args.out} holds files that no run of this version wrote: "
                                  "name an empty or a new folder")
