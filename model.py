@@ -633,8 +633,9 @@ def write_whole(path, content):
         os.replace(part, path)
     except (OSError, ValueError) as error:              # no room, or NaN where a number should be
         raise InputError(f"{path} could not be written: {one_line(error)}") from None
-    finally:                                            # signals, too
-        Path(part).unlink(missing_ok=True)
+    finally:                                            # a signal may have ended it
+        if os.path.exists(part):
+            os.unlink(part)
 
 
 def save_vit(model, path, head=None, **facts):
@@ -996,9 +997,9 @@ def open_out(args, inputs, read=""):
     if state.is_file():
         try:
             saved = torch.load(state, map_location="cpu", weights_only=True)
-        except Exception:                               # junk makes the reader raise nearly anything
-            raise InputError(f"{state} is cut or damaged, or holds more than tensors: remove it, and "
-                             "the same command begins anew") from None
+        except Exception:                               # junk makes readers raise nearly anything
+            raise InputError(f"{state} is cut or damaged, or holds more than tensors: remove it, "
+                             "and the same command begins anew") from None
         if saved["read"] != read:
             raise InputError(f"--out {args.out} holds a stopped run, and a weight file or the "
                              "photos that it read have changed: put them back, or name another "

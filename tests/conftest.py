@@ -25,6 +25,7 @@ from model import ATTENTION, Architecture, Draws, InputError, Operator, ViT, lin
 from model import load_vit, read_image, read_weights, save_vit
 
 torch.set_num_threads(1)                                # small tensors: more threads only wait
+sys.modules["matplotlib.figure"] = None                 # curves take longer than the runs here
 
 
 def pytest_configure(config):
