@@ -5,7 +5,6 @@ a certain step is patched in. What a shell or torchrun adds is started as a comm
 """
 import hashlib
 import importlib.util
-import json
 import os
 import random
 import resource
@@ -52,7 +51,6 @@ class Run:
             return os.close(end)
         code = 0
         try:
-            os.setsid()
             os.dup2(end, 1), os.dup2(end, 2)
             sys.stdout, sys.stderr = (open(n, "w", 1, closefd=False) for n in (1, 2))
             sys.argv = command(stage, files, out, *flags)
@@ -63,16 +61,16 @@ class Run:
         except BaseException:
             traceback.print_exc()
         finally:
-            sys.stdout.flush(), sys.stderr.flush()
             os._exit(code)
 
     def wait(self):
-        """-> (exit code, or -signal; what it said, without bars)."""
+        """-> (exit code, or -signal; what it said, without bars; its last line)."""
         code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
         with open(self.pipe, newline="\n") as file:
             said = [line.rpartition("\r")[2] for line in file.read().split("\n")]
         assert "Traceback" not in "\n".join(said), "\n".join(said)
-        return code, "\n".join(line for line in said if "img/s" not in line)
+        said = [line for line in said if line and "img/s" not in line]
+        return code, "\n".join(said), (said or [""])[-1]
 
 
 def at(step, act):
@@ -138,9 +136,10 @@ def test_killed_at_random_moments(files, tmp_path, whole, stage):
 
         state = (out / "state.pt").exists()
         moments.random()
-        code, said = Run(stage, files, out, "--save-every", 0, before=at(None, soon)).wait()
+        code, said, _ = Run(stage, files, out, "--save-every", 0, before=at(None, soon)).wait()
         assert state == ("goes on from step" in said) and code in (0, -signal.SIGALRM)
         kills += code != 0
+        assert kills < 60
     assert kills > 1
     check_same(out, whole(stage))
 
@@ -148,38 +147,31 @@ def test_killed_at_random_moments(files, tmp_path, whole, stage):
 @ALL
 def test_killed_during_a_save_and_during_scoring(files, tmp_path, whole, stage):
     """The state before stays whole; weights are on disk before anything is scored."""
-    out, flags = tmp_path / "out", ("--save-every", 0)
+    out, flags, log = tmp_path / "out", ("--save-every", 0), tmp_path / "out/log.jsonl"
+    lines = lambda: log.read_bytes().count(b"\n") if log.exists() else 0
 
     def half_a_save():
-        write = Path.write_bytes
-
-        def cut(path, content):
-            if "state" in path.name and log_bytes(out).count(b"\n") == 3:
-                write(path, content[:len(content) // 2])
-                os.kill(os.getpid(), signal.SIGKILL)
-            write(path, content)
+        def cut(path, content, write=Path.write_bytes):
+            kill = "state" in path.name and lines() == 3
+            write(path, content[:len(content) // 2] if kill else content)
+            kill and send(signal.SIGKILL)()
         Path.write_bytes = cut
 
-    def score():
+    def scoring():
         score = getattr(stage, SCORE[stage])
+        setattr(stage, SCORE[stage], lambda *args, **more: (
+            lines() == STEPS and send(signal.SIGKILL)(), score(*args, **more))[1])
 
-        def cut(*args, **more):
-            if log_bytes(out).count(b"\n") == STEPS:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return score(*args, **more)
-        setattr(stage, SCORE[stage], cut)
-
-    log_bytes = lambda out: (out / "log.jsonl").read_bytes() if out.is_dir() else b""
     assert Run(stage, files, out, *flags, before=half_a_save).wait()[0] == -signal.SIGKILL
-    code, said = Run(stage, files, out, *flags, before=score).wait()
+    code, said, _ = Run(stage, files, out, *flags, before=scoring).wait()
     assert code == -signal.SIGKILL and "goes on from step 2 of 6" in said
     assert weights(out).keys() == whole(stage)[0].keys() and (out / "state.pt").exists()
-    curves = lambda: sys.modules.pop("matplotlib.figure")
-    code, said = Run(stage, files, out, *flags, before=curves).wait()
+    code, said, _ = Run(stage, files, out, *flags,
+                        before=lambda: sys.modules.pop("matplotlib.figure")).wait()
     assert code == 0 and "goes on from step 6 of 6" in said
     assert not [path.name for path in out.iterdir() if path.name.startswith(".")]
-    check_same(out, whole(stage))
     assert (out / "curves.png").exists() == bool(importlib.util.find_spec("matplotlib"))
+    check_same(out, whole(stage))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -187,22 +179,17 @@ def test_killed_during_a_save_and_during_scoring(files, tmp_path, whole, stage):
 
 @ALL
 @pytest.mark.parametrize("number", (signal.SIGINT, signal.SIGTERM))
-def test_a_signal_ends_in_one_line_from_which_the_same_command_goes_on(files, tmp_path, whole,
-                                                                       stage, number):
+def test_a_signal_ends_in_one_line_and_the_same_command_goes_on(files, tmp_path, whole, stage,
+                                                                number):
     """Also where the parent process had it ignored; and at the last step, before the scoring."""
-    out = tmp_path / "out"
+    out, name = tmp_path / "out", Path(stage.__file__).name
     for step in (2, STEPS):
-        stop = at(step, send(number))
-        ignored = lambda: (signal.signal(number, signal.SIG_IGN), stop())
-        code, said = Run(stage, files, out, before=ignored).wait()
-        name = Path(stage.__file__).name
-        assert code == 128 + number
-        assert said.splitlines()[-1] == (
-            f"{name}: stopped by {number.name}: step {step}, {out / 'state.pt'}: the same command "
-            "goes on from here")
-        assert hashes(out).keys() == MAY_LEAVE and len(log_of(out)) == step
-    assert "goes on from step 2 of 6" in said
-    assert Run(stage, files, out).wait()[0] == 0
+        before = lambda: (signal.signal(number, signal.SIG_IGN), at(step, send(number))())
+        code, said, last = Run(stage, files, out, before=before).wait()
+        assert code == 128 + number and hashes(out).keys() == MAY_LEAVE and len(log_of(out)) == step
+        assert last == (f"{name}: stopped by {number.name}: step {step}, {out / 'state.pt'}: the "
+                        "same command goes on from here")
+    assert "goes on from step 2 of 6" in said and Run(stage, files, out).wait()[0] == 0
     check_same(out, whole(stage))
 
 
@@ -228,57 +215,49 @@ def test_a_signal_outside_the_loop_is_not_lost(files, tmp_path, whole):
 
     for before in (leaving, saving, scoring):
         out = tmp_path / before.__name__
-        code, said = Run(align_features, files, out, before=before).wait()
-        assert code == 143 and "stopped by SIGTERM" in said.splitlines()[-1]
-        assert "the same command goes on" in said and hashes(out).keys() <= MAY_LEAVE
-        assert (out / "state.pt").exists() == (before is leaving)
+        code, said, last = Run(align_features, files, out, before=before).wait()
+        assert code == 143 and "stopped by SIGTERM" in last and "the same command goes on" in last
+        assert hashes(out).keys() <= MAY_LEAVE and (out / "state.pt").exists() == (before is leaving)
         assert Run(align_features, files, out).wait()[0] == 0
         check_same(out, whole(align_features))
 
 
 @ALL
 def test_changed_inputs_are_refused_and_other_arguments_begin_anew(files, tmp_path, whole, stage):
-    """One sentence, nothing touched. What changed back goes on."""
+    """One sentence, nothing touched: a photo more or less, another weight, a state that is damaged
+    or holds code, which does not run. What is changed back goes on."""
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "evil"),)
+
     shutil.copytree(files, tmp_path / "files")
-    here, out = tmp_path / "files", tmp_path / "out"
-    code, said = Run(stage, here, out, before=at(2, send(signal.SIGTERM))).wait()
-    kept, teacher = hashes(out), here / "teacher.safetensors"
+    here, out, gone = tmp_path / "files", tmp_path / "out", tmp_path / "gone"
+    teacher, state = here / "teacher.safetensors", out / "state.pt"
     data = here / ("classify/train/red" if stage is finetune else "photos/album1")
-    other, content = next(data.iterdir()), teacher.read_bytes()
-    changes = [(lambda: shutil.copy(other, data / "new.jpg"), (data / "new.jpg").unlink),
-               (lambda: other.rename(tmp_path / "gone"), lambda: (tmp_path / "gone").rename(other)),
-               (lambda: teacher.write_bytes(content[:-1] + bytes([content[-1] ^ 1])),
-                lambda: teacher.write_bytes(content))]
-    for change, undo in changes:
+    Run(stage, here, out, before=at(2, send(signal.SIGTERM))).wait()
+    other, weight, good = next(data.iterdir()), teacher.read_bytes(), state.read_bytes()
+    evil = torch.load(state, weights_only=True) | dict(kept=Evil())
+    for change, undo in (
+            (lambda: shutil.copy(other, data / "new.jpg"), (data / "new.jpg").unlink),
+            (lambda: other.rename(gone), lambda: gone.rename(other)),
+            (lambda: teacher.write_bytes(weight[:-1] + bytes([weight[-1] ^ 1])),
+             lambda: teacher.write_bytes(weight)),
+            (lambda: state.write_bytes(good[:-9]), lambda: state.write_bytes(good)),
+            (lambda: torch.save(evil, state), lambda: state.write_bytes(good))):
         change()
-        code, said = Run(stage, here, out).wait()
+        kept = hashes(out)
+        code, _, last = Run(stage, here, out).wait()
+        assert code == 1 and ("changed" in last or "state.pt is cut" in last) and hashes(out) == kept
         undo()
-        assert code == 1 and "changed" in said.splitlines()[-1] and hashes(out) == kept
         assert sorted(tmp_path.iterdir()) == [here, out]
-    code, said = Run(stage, here, out, "--seed", 1, "--steps", 1).wait()
+    kept = hashes(out)
+    code, said, _ = Run(stage, here, out, "--seed", 1, "--steps", 1).wait()
     assert code == 0 and "an earlier run was there, now in out-1" in said
     assert hashes(tmp_path / "out-1") == kept and len(log_of(out)) == 1
     shutil.rmtree(out)
     (tmp_path / "out-1").rename(out)
     assert Run(stage, here, out).wait()[0] == 0
     check_same(out, whole(stage))
-
-
-def test_a_state_that_is_damaged_or_holds_code_is_refused(files, tmp_path):
-    class Evil:
-        def __reduce__(self):
-            return os.mkdir, (str(tmp_path / "evil"),)
-
-    out = tmp_path / "out"
-    Run(align_features, files, out, before=at(2, send(signal.SIGTERM))).wait()
-    good = torch.load(out / "state.pt", weights_only=True)
-    for content in (good | dict(kept=Evil()), b"cut"):
-        torch.save(content, out / "state.pt") if isinstance(content, dict) else (
-            out / "state.pt").write_bytes(content)
-        kept = hashes(out)
-        code, said = Run(align_features, files, out).wait()
-        assert code == 1 and "state.pt" in said.splitlines()[-1] and hashes(out) == kept
-    assert not (tmp_path / "evil").exists()
 
 
 @ALL
@@ -290,10 +269,9 @@ def test_a_full_disk_ends_in_one_sentence_and_the_last_state_goes_on(files, tmp_
         resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
 
     out = tmp_path / "out"
-    code, said = Run(stage, files, out, "--save-every", 0, before=at(3, fill)).wait()
-    assert code == 1 and "File too large" in said.splitlines()[-1]
-    assert hashes(out).keys() == MAY_LEAVE
-    code, said = Run(stage, files, out, "--save-every", 0).wait()
+    code, _, last = Run(stage, files, out, "--save-every", 0, before=at(3, fill)).wait()
+    assert code == 1 and "File too large" in last and hashes(out).keys() == MAY_LEAVE
+    code, said, _ = Run(stage, files, out, "--save-every", 0).wait()
     assert code == 0 and "goes on from step 2 of 6" in said
     check_same(out, whole(stage))
 
@@ -301,10 +279,10 @@ def test_a_full_disk_ends_in_one_sentence_and_the_last_state_goes_on(files, tmp_
 @ALL
 def test_a_loss_that_is_not_finite_ends_in_one_sentence(files, tmp_path, stage):
     out = tmp_path / "out"
-    code, said = Run(stage, files, out, "--lr", 1e30, "--save-every", 0).wait()
-    last = torch.load(out / "state.pt", weights_only=True)["step"]
-    assert code == 1 and f"at step {last + 1}: try a lower --lr than 1e+30" in said.splitlines()[-1]
-    assert last < STEPS and hashes(out).keys() == MAY_LEAVE
+    code, _, last = Run(stage, files, out, "--lr", 1e30, "--save-every", 0).wait()
+    step = torch.load(out / "state.pt", weights_only=True)["step"]
+    assert code == 1 and f"at step {step + 1}: try a lower --lr than 1e+30" in last
+    assert step < STEPS and hashes(out).keys() == MAY_LEAVE
 
 
 # --------------------------------------------------------------------------------------------------
@@ -364,17 +342,15 @@ def test_two_processes_equal_one(files, tmp_path, stage):
     flags = ["--steps", 20, "--dtype", "float64", "--lr", 1e-3]
     one, two = tmp_path / "one", tmp_path / "two"
     brief(stage, files, one, "--every", 4, *flags)
-    signalled = at(7, lambda: model.RANK and send(signal.SIGTERM)())
-    (code, said), (other, quiet) = [run.wait() for run in two_ranks(stage, files, two, *flags,
-                                                                   before=signalled)]
-    assert (code, other, quiet) == (143, 143, "") and "step 7" in said.splitlines()[-1]
-    (code, said), (other, quiet) = [run.wait() for run in two_ranks(stage, files, two, *flags)]
-    assert (code, other, quiet) == (0, 0, "") and "goes on from step 7 of 20" in said
-    assert {path.name for path in one.iterdir()} == {path.name for path in two.iterdir()}
-    for (name, want), have in zip(weights(one).items(), weights(two).values(), strict=True):
-        for key in want:
-            assert want[key].dtype == torch.float64
-            assert (want[key] - have[key]).abs().max() < 1e-8
+    pair = lambda **more: [run.wait() for run in two_ranks(stage, files, two, *flags, **more)]
+    (code, _, last), quiet = pair(before=at(7, lambda: model.RANK and send(signal.SIGTERM)()))
+    assert code == 143 and "step 7" in last and quiet == (143, "", "")
+    (code, said, _), quiet = pair()
+    assert code == 0 and "goes on from step 7 of 20" in said and quiet == (0, "", "")
+    assert hashes(one).keys() == hashes(two).keys()
+    for want, have in zip(weights(one).values(), weights(two).values(), strict=True):
+        assert all(want[key].dtype == torch.float64 for key in want)
+        assert max((want[key] - have[key]).abs().max() for key in want) < 1e-8
     losses = [[row["loss"] for row in log_of(out)] for out in (one, two)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-8) and len(losses[0]) == 20
 
