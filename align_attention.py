@@ -200,7 +200,7 @@ def main(argv=None):
     align = torch.compile(block_alignment, fullgraph=True) if args.compile else block_alignment
     train, held_out = loaders(args, source, held_out, saved["step"] if saved else 0)
     few = next(iter(held_out))[0]           # a few held-out images, for curves and pictures
-    queries = [grid[0] * grid[1] * n // 8 + grid[1] * n // 8 for n in (2, 4, 6)]
+    queries = [grid[0] * n // 8 * grid[1] + grid[1] * n // 8 for n in (2, 4, 6)]
     maps = partial(attention_maps, teacher, images=few[:2].to(device), queries=queries)
 
     kept = saved["kept"] if saved else dict(unread=[])

@@ -608,8 +608,9 @@ def write_whole(path, content):
         part.write_bytes(content)
         part.replace(path)
     except (OSError, ValueError) as error:              # no room, or NaN where a number should be
-        part.unlink(missing_ok=True)
         raise InputError(f"{path} could not be written: {one_line(error)}") from None
+    finally:                                            # a signal may have ended it
+        part.unlink(missing_ok=True)
 
 
 def save_vit(model, path, head=None, **facts):
@@ -871,8 +872,6 @@ def device_and_dtype(name):
         if device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("nccl" if device == "cuda" else "gloo")
-        if RANK > 0:
-            sys.stdout = open(os.devnull, "w")
     if name == "auto" and device == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
         name = "bfloat16" if native else "float16"
@@ -953,7 +952,8 @@ def open_out(args, inputs, read=""):
     state, mark = out / "state.pt", out / "run.json"
     settings = json.loads(json.dumps({"script": Path(sys.argv[0]).name, **vars(args)}))
     try:
-        if RANK == 0 and out.is_dir() and any(out.iterdir()):
+        if RANK == 0 and out.is_dir() and [path for path in out.iterdir()
+                                           if path.name != f".{mark.name}.part"]:
             if not mark.is_file() or b'"script"' not in mark.read_bytes():
                 raise InputError(f"--out {args.out} holds files that no run of this version wrote: "
                                  "name an empty or a new folder")
@@ -967,7 +967,11 @@ def open_out(args, inputs, read=""):
     if WORLD > 1:
         dist.barrier()                                  # the folder is as rank 0 leaves it
     if state.is_file():
-        saved = torch.load(state, map_location="cpu", weights_only=True)
+        try:
+            saved = torch.load(state, map_location="cpu", weights_only=True)
+        except Exception:                               # junk makes readers raise nearly anything
+            raise InputError(f"{state} is cut or damaged, or holds more than tensors: remove it, "
+                             "and the same command begins anew") from None
         if saved["read"] != read:
             raise InputError(f"--out {args.out} holds a stopped run, and a weight file or the "
                              "photos that it read have changed: put them back, or name another "
@@ -1010,7 +1014,7 @@ class Progress:
             for name, part in parts.items():
                 part.load_state_dict(saved["parts"][name])
             self.step, self.seconds = saved["step"], saved["seconds"]
-            self.log.truncate(saved["logged"])          # later lines are of steps done again
+            self.log.truncate(min(saved["logged"], self.log.tell()))    # later lines: done again
 
     def __enter__(self):
         self.start = time.perf_counter() - self.seconds
@@ -1025,7 +1029,8 @@ class Progress:
     def stop(self, number, _):
         """The step is finished first. A second signal ends at once, but torchrun sends two."""
         self.signal = number
-        signal.signal(number, signal.SIG_IGN if WORLD > 1 else signal.SIG_DFL)
+        for each in self.before:
+            signal.signal(each, signal.SIG_IGN if WORLD > 1 else signal.SIG_DFL)
 
     def done(self, loss, **row):
         """After a step: a line in the log, the bar, the state when it is due; may end the run."""
@@ -1043,8 +1048,11 @@ class Progress:
         if stop or time.perf_counter() > self.due:
             self.save()
         if stop:
-            raise Stopped(self.signal or signal.SIGTERM, f"step {self.step}, "
-                          f"{self.out / 'state.pt'}: the same command goes on from here")
+            raise self.stopped()
+
+    def stopped(self):
+        return Stopped(self.signal or signal.SIGTERM, f"step {self.step}, {self.out / 'state.pt'}: "
+                       "the same command goes on from here")
 
     def save(self):
         self.log.flush()
@@ -1062,18 +1070,22 @@ class Progress:
         self.bar.close()
         if kind is None:
             self.save()                                 # what follows, scoring, may be stopped, too
+            if self.signal:                             # since the last step was logged
+                raise self.stopped()
         elif kind is Stopped and WORLD > 1:
             dist.barrier()                              # none ends before the state is written
         self.log.close()
 
     def finish(self):
         """The run is over and its files are written: no state is needed. Draws the log's curves."""
+        if RANK > 0:                                    # it may be over before rank 0 has written
+            return
         (self.out / "state.pt").unlink(missing_ok=True)
         try:
             from matplotlib.figure import Figure
         except ModuleNotFoundError:
             return
-        rows = [json.loads(line) for line in open(self.out / "log.jsonl")] if RANK == 0 else []
+        rows = [json.loads(line) for line in open(self.out / "log.jsonl")]
         figure = Figure(figsize=(8, 4), layout="constrained")
         axes = figure.subplots(1, 2)
         for key, axis in zip(("loss", "held_out"), axes):
@@ -1090,6 +1102,8 @@ def run(main):
     """A script's main(), with what a user can mend as one line on stderr instead of a traceback."""
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")            # a terminal that cannot print a file's name
+    if RANK > 0:
+        sys.stdout = open(os.devnull, "w")
     for number in (signal.SIGINT, signal.SIGTERM):      # a parent process may have them ignored
         signal.signal(number, interrupt)
     script, code = Path(sys.argv[0]).name, 1
@@ -1105,7 +1119,8 @@ def run(main):
     except Stopped as stop:
         number, left = stop.args
         message, code = f"stopped by {signal.Signals(number).name}: {left}", 128 + number
-    print(f"{script}: {message}", file=sys.stderr)
+    if RANK == 0 or code == 1:
+        print(f"{script}: {message}", file=sys.stderr)
     sys.exit(code)
 
 

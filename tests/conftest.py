@@ -20,10 +20,12 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import align_attention
 import align_features
 import finetune
+import model
 from model import ATTENTION, Architecture, Draws, InputError, Operator, ViT, linear_attention
 from model import load_vit, read_image, read_weights, save_vit
 
 torch.set_num_threads(1)                                # small tensors: more threads only wait
+sys.modules["matplotlib.figure"] = None                 # curves take longer than the runs here
 
 
 def pytest_configure(config):
@@ -84,8 +86,9 @@ def refusal(call, *args, **more):
 # The three stages on tiny random ViTs and photos
 
 ARCH = Architecture(64, 2, 2, 128, patch=8, grid=(4, 4), registers=1, layerscale=True)
+STAGES = align_attention, align_features                # stage 3 too, once it has open_out's state
 SIZE = 32                                               # pixels: the grid of ARCH
-BRIEF = ["--size", SIZE, "--steps", 3, "--batch-size", 4]
+BRIEF = ["--size", SIZE, "--steps", 3, "--batch-size", 4, "--dtype", "float32"]
 
 
 def random_vit(seed=0, attention="softmax", **change):
@@ -180,7 +183,8 @@ def drawn(monkeypatch):
     """drawn(stage) -> a list that will hold the Draws of that stage's main(), in order."""
     def watch(stage):
         made = []
-        monkeypatch.setattr(stage, "Draws", lambda *args: made.append(Draws(*args)) or made[-1])
+        where = stage if hasattr(stage, "Draws") else model
+        monkeypatch.setattr(where, "Draws", lambda *args: made.append(Draws(*args)) or made[-1])
         return made
     return watch
 
