@@ -86,7 +86,7 @@ def refusal(call, *args, **more):
 # The three stages on tiny random ViTs and photos
 
 ARCH = Architecture(64, 2, 2, 128, patch=8, grid=(4, 4), registers=1, layerscale=True)
-STAGES = align_attention, align_features                # stage 3 too, once it has open_out's state
+STAGES = align_attention, align_features, finetune
 SIZE = 32                                               # pixels: the grid of ARCH
 BRIEF = ["--size", SIZE, "--steps", 3, "--batch-size", 4, "--dtype", "float32"]
 
