@@ -31,10 +31,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import clip_grad_norm_
 from torch.utils.flop_counter import FlopCounterMode
 
-from align_attention import block_alignment, trained_parameters
+from align_attention import GROUPS, block_alignment, trained_parameters
 from align_features import LOSS, feature_alignment
-from model import ATTENTION, KNOWN, Architecture, InputError, Operator, ViT, device_and_dtype
-from model import linearize, one_line, run, write_whole
+from model import ATTENTION, KNOWN, Architecture, InputError, Operator, ViT, autocast
+from model import device_and_dtype, linearize, one_line, run, write_whole
 
 MODELS = {f"vit{size[0]}14": f"vit_{size}_patch14_dinov2.lvd142m"
           for size in ("small", "base", "large")}
@@ -281,11 +281,12 @@ def model_points(args, device, dtype):
 def train_points(args, device, dtype):
     prepare = partial(torch.compile, fullgraph=True, dynamic=False, disable=args.mode == "eager")
     teacher = ViT(KNOWN[MODELS["vits14"]]).to(device).requires_grad_(False)
+    loss = partial(LOSS["whitened"], whiten=torch.eye(teacher.arch.width, device=device))
     forward, align, align_block = map(prepare, (teacher, feature_alignment, block_alignment))
 
     @torch.no_grad()
     def with_teacher(function):
-        with torch.autocast(device, dtype, enabled=dtype != torch.float32):
+        with autocast(device, dtype):
             return function(teacher.normalize(images))
 
     def update(groups, optimizer):
@@ -297,18 +298,18 @@ def train_points(args, device, dtype):
     def stage_1(student, groups, optimizer):            # as in align_attention.py, without scaler
         x, grid = with_teacher(teacher.embed)
         for theirs, ours in zip(teacher.blocks, student.blocks):
-            x, loss = align_block(theirs, ours, x, grid, dtype)
-            loss.backward()
+            x, error, scale = align_block(theirs, ours, x, grid, dtype)
+            (error / scale).backward()
         update(groups, optimizer)
 
     def stage_2(student, groups, optimizer):            # as in align_features.py
-        align(teacher, student, images, LOSS["mse"], dtype).backward()
+        align(teacher, student, images, loss, dtype).backward()
         update(groups, optimizer)
 
     calls = {"teacher forward": partial(with_teacher, forward)}
     for name in (name for name in args.operators if "softmax" not in name):
         one, two = linearize(teacher, name).train(), linearize(teacher, name).train()
-        trained = (one, trained_parameters(one, ("qkv", "operator"))), (two, [[*two.parameters()]])
+        trained = (one, trained_parameters(one, GROUPS)), (two, [[*two.parameters()]])
         for stage, (student, groups) in zip((stage_1, stage_2), trained):
             optimizer = torch.optim.AdamW(sum(groups, []), weight_decay=0)
             title = f"{stage.__name__.replace('_', ' ')}, {name}"

@@ -158,7 +158,7 @@ def read_item(item, task, lookup=None, short=None):
 def pairs(data, part, photos, masks, ends=("", ""), listed=None, **_):
     """A part of a folder that a row of LAYOUTS fits -> [(photo, mask), ...], none opened."""
     top, below, found = Path(data, photos.format(part)), Path(data, masks.format(part)), {}
-    wanted = {Path(mask) for mask in walk(below) if mask.endswith(f"{ends[1]}.png")}
+    wanted = {mask for mask in walk(below) if mask.name.endswith(f"{ends[1]}.png")}
     if listed:
         listed = {*Path(data, listed.format(part)).read_text().split()}
         wanted &= {below / f"{name}.png" for name in listed}

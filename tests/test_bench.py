@@ -2,6 +2,7 @@
 import csv
 import itertools
 import runpy
+import sys
 from functools import partial
 
 import pytest
@@ -366,7 +367,7 @@ def test_crossover():
         assert bench.crossover(curve) == pixels
 
 
-def test_nothing_is_ever_replaced_and_the_picture(tmp_path):
+def test_nothing_is_ever_replaced_and_the_picture(tmp_path, monkeypatch):
     stem = "bench-cpu-attention-float32-eager-quick"
     (tmp_path / f"{stem}-1.csv").write_bytes(b"mine")
     for _ in range(3):
@@ -375,6 +376,7 @@ def test_nothing_is_ever_replaced_and_the_picture(tmp_path):
         assert all(path.read_bytes() == content for path, content in before.items())
     tables = [tmp_path / f"{stem}{tail}.csv" for tail in ("", "-2", "-3")]
     assert all(map(read, tables)) and len(list(tmp_path.iterdir())) == 4
+    monkeypatch.delitem(sys.modules, "matplotlib.figure", raising=False)
     pytest.importorskip("matplotlib", reason="results/bench_picture.py needs matplotlib")
     script = runpy.run_path(str(bench.Path(bench.__file__).parent / "results/bench_picture.py"))
     script["main"](tmp_path / "a.png", *tables)

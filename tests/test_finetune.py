@@ -170,7 +170,7 @@ def test_a_fresh_head_learns_faster(files, tmp_path, monkeypatch, freeze):
 def test_weights_are_saved_before_scoring(files, tmp_path, monkeypatch, task):
     monkeypatch.setattr(finetune, "evaluate", lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        tune(files, tmp_path, task)
+        tune(files, tmp_path, task, "--every", 9)
     assert load_head(tmp_path / f"0-{task}.safetensors", task)
 
 
