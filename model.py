@@ -18,6 +18,7 @@ Glossary, the same letters in every file; the paper's symbol, where it has one, 
     grid  (rows, columns) of patches         prefix  CLS and registers, which are not on the grid
 """
 import argparse
+import fcntl
 import hashlib
 import io
 import json
@@ -931,6 +932,19 @@ def fingerprint(weights, *sources):
     return digest.hexdigest()
 
 
+HELD = []                                               # a file, locked while this process lives
+
+
+def hold(mark, out):
+    """Refuse a folder to which another living run writes; a lock of a dead process is none."""
+    HELD[:] = [open(mark, "r+b")]
+    try:
+        fcntl.lockf(HELD[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise InputError(f"--out {out} is being written by another run: wait for its end, or name "
+                         "another folder") from None
+
+
 def open_out(args, inputs, read=""):
     """Make the folder --out, or find the state of a stopped run in it: -> (folder, state or None).
 
@@ -957,7 +971,9 @@ def open_out(args, inputs, read=""):
             if not mark.is_file() or b'"script"' not in mark.read_bytes():
                 raise InputError(f"--out {args.out} holds files that no run of this version wrote: "
                                  "name an empty or a new folder")
-            if not state.is_file() or json.loads(mark.read_bytes()) != settings:
+            same = json.loads(mark.read_bytes()) == settings
+            hold(mark, args.out)
+            if not state.is_file() or not same:
                 aside = next(p for i in count(1) if not os.path.lexists(p := Path(f"{out}-{i}")))
                 out.rename(aside)
                 print(f"--out {args.out}: an earlier run was there, now in {aside.name}")
@@ -980,6 +996,8 @@ def open_out(args, inputs, read=""):
     else:
         saved = None
         write_whole(mark, settings)
+        if RANK == 0:
+            hold(mark, args.out)
     return Path(args.out) if os.path.realpath(args.out) == str(out) else out, saved   # "." moved
 
 
