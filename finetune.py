@@ -78,7 +78,7 @@ def parse(argv):
          help=f"peak, {HEAD_LR} times that for the head (default: 1e-4)")
     flag("--align", type=float, default=0.0, metavar="W", help="keep stage 1's loss against "
          "--teacher, this much of it, while the backbone is tuned (default: 0)")
-    flag("--teacher", help="the softmax ViT for --align")
+    flag("--teacher", help="the softmax ViT for --align (default: none)")
     run_flags(flag, None)
     args = parser.parse_args(argv)
     args.out = args.out or ("runs/predict" if args.predict else "runs/finetune")
