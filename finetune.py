@@ -50,7 +50,9 @@ ABLATION = ["demo/teacher.safetensors", "demo/teacher.safetensors:linear",
 PARTS = "train", "val"
 IGNORE = 255                                # in our masks: neither in the loss nor in the score
 HEAD_LR = 10                                # the head learns this much faster than the backbone
-POINTS = 4          # of a mask, a patch and side, in a frozen one's loss; VOC mIoU 24.6, with 1: 23.7
+# Points of a mask, a patch and side, in the loss of a frozen one: in a tenth of the time as good as
+# every pixel (VOC mIoU after 150 steps 24.6 and 24.1; with 1 point 23.7).
+POINTS = 4
 
 
 def parse(argv):
