@@ -29,7 +29,7 @@ from conftest import BRIEF, STAGES, brief, log_of, moved
 from model import Progress, read_weights
 
 ALL = pytest.mark.parametrize("stage", STAGES)
-ROOT, STEPS = Path(model.__file__).parent, 6
+STEPS = 6
 SCORE = {align_attention: "compare", align_features: "compare", finetune: "evaluate"}
 MAY_LEAVE = {"state.pt", "log.jsonl", "run.json"}
 
@@ -54,6 +54,7 @@ class Run:
             os.dup2(end, 1), os.dup2(end, 2)
             sys.stdout, sys.stderr = (open(n, "w", 1, closefd=False) for n in (1, 2))
             sys.argv = command(stage, files, out, *flags)
+            signal.alarm(120)                           # one that hangs ends, too
             before()
             model.run(stage.main)
         except SystemExit as end:
