@@ -224,6 +224,16 @@ def test_a_signal_outside_the_loop_is_not_lost(files, tmp_path, whole):
         check_same(out, whole(align_features))
 
 
+def test_a_lost_log_and_what_a_kill_left_of_run_json_are_no_hindrance(files, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / ".run.json.part").touch()
+    Run(align_features, files, out, before=at(2, send(signal.SIGTERM))).wait()
+    (out / "log.jsonl").unlink()
+    assert Run(align_features, files, out).wait()[0] == 0
+    assert [row["step"] for row in log_of(out)] == [3, 4, 5, 6]
+
+
 @ALL
 def test_changed_inputs_are_refused_and_other_arguments_begin_anew(files, tmp_path, whole, stage):
     """One sentence, nothing touched: a photo more or less, another weight, a state that is damaged
