@@ -77,12 +77,11 @@ class Run:
 def at(step, act):
     """For Run: act() when this step (None: the first) is computed, before it is logged."""
     def before():
-        done = Progress.done
+        done, acted = Progress.done, []
 
         def hooked(self, loss, **row):
-            if step in (None, self.step + 1):
-                Progress.done = done if step is None else hooked
-                act()
+            if step in (None, self.step + 1) and not acted:
+                acted.append(act())
             done(self, loss, **row)
 
         Progress.done = hooked
@@ -173,6 +172,18 @@ def test_killed_during_a_save_and_during_scoring(files, tmp_path, whole, stage):
     assert not [path.name for path in out.iterdir() if path.name.startswith(".")]
     assert (out / "curves.png").exists() == bool(importlib.util.find_spec("matplotlib"))
     check_same(out, whole(stage))
+
+
+def test_the_first_state_is_due_after_30_seconds_the_next_after_120(files, tmp_path):
+    def before():
+        clock, later = time.perf_counter, []
+        time.perf_counter = lambda: clock() + sum(later)
+        for step, seconds in ((2, 31), (4, 100)):
+            at(step, partial(later.append, seconds))()
+        at(6, send(signal.SIGKILL))()
+
+    Run(align_features, files, tmp_path, before=before).wait()
+    assert torch.load(tmp_path / "state.pt", weights_only=True)["step"] == 2
 
 
 # --------------------------------------------------------------------------------------------------
