@@ -29,7 +29,7 @@ from conftest import BRIEF, STAGES, brief, log_of, moved
 from model import Progress, read_weights
 
 ALL = pytest.mark.parametrize("stage", STAGES)
-ROOT, STEPS = Path(model.__file__).parent, 6
+STEPS = 6
 SCORE = {align_attention: "compare", align_features: "compare", finetune: "evaluate"}
 MAY_LEAVE = {"state.pt", "log.jsonl", "run.json"}
 
@@ -54,6 +54,7 @@ class Run:
             os.dup2(end, 1), os.dup2(end, 2)
             sys.stdout, sys.stderr = (open(n, "w", 1, closefd=False) for n in (1, 2))
             sys.argv = command(stage, files, out, *flags)
+            signal.alarm(120)                           # one that hangs ends, too
             before()
             model.run(stage.main)
         except SystemExit as end:
@@ -76,12 +77,11 @@ class Run:
 def at(step, act):
     """For Run: act() when this step (None: the first) is computed, before it is logged."""
     def before():
-        done = Progress.done
+        done, acted = Progress.done, []
 
         def hooked(self, loss, **row):
-            if step in (None, self.step + 1):
-                Progress.done = done if step is None else hooked
-                act()
+            if step in (None, self.step + 1) and not acted:
+                acted.append(act())
             done(self, loss, **row)
 
         Progress.done = hooked
@@ -174,6 +174,18 @@ def test_killed_during_a_save_and_during_scoring(files, tmp_path, whole, stage):
     check_same(out, whole(stage))
 
 
+def test_the_first_state_is_due_after_30_seconds_the_next_after_120(files, tmp_path):
+    def before():
+        clock, later = time.perf_counter, []
+        time.perf_counter = lambda: clock() + sum(later)
+        for step, seconds in ((2, 31), (4, 100)):
+            at(step, partial(later.append, seconds))()
+        at(6, send(signal.SIGKILL))()
+
+    Run(align_features, files, tmp_path, before=before).wait()
+    assert torch.load(tmp_path / "state.pt", weights_only=True)["step"] == 2
+
+
 # --------------------------------------------------------------------------------------------------
 # Stopped by a signal, refused, failed
 
@@ -200,7 +212,7 @@ def test_a_second_signal_ends_at_once(files, tmp_path, second):
 
 
 def test_a_signal_outside_the_loop_is_not_lost(files, tmp_path, whole):
-    """After the last step was logged; in the save that follows, which leaves no part; in scoring."""
+    """Before the last state is written; while it is, which leaves no part of it; in scoring."""
     def leaving():
         leave = Progress.__exit__
         Progress.__exit__ = lambda *args: (send(signal.SIGTERM)(), leave(*args))[1]
@@ -217,9 +229,20 @@ def test_a_signal_outside_the_loop_is_not_lost(files, tmp_path, whole):
         out = tmp_path / before.__name__
         code, said, last = Run(align_features, files, out, before=before).wait()
         assert code == 143 and "stopped by SIGTERM" in last and "the same command goes on" in last
-        assert hashes(out).keys() <= MAY_LEAVE and (out / "state.pt").exists() == (before is leaving)
+        left = hashes(out).keys()
+        assert left <= MAY_LEAVE and ("state.pt" in left) == (before is leaving)
         assert Run(align_features, files, out).wait()[0] == 0
         check_same(out, whole(align_features))
+
+
+def test_a_lost_log_and_what_a_kill_left_of_run_json_are_no_hindrance(files, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / ".run.json.part").touch()
+    Run(align_features, files, out, before=at(2, send(signal.SIGTERM))).wait()
+    (out / "log.jsonl").unlink()
+    assert Run(align_features, files, out).wait()[0] == 0
+    assert [row["step"] for row in log_of(out)] == [3, 4, 5, 6]
 
 
 @ALL
@@ -247,7 +270,7 @@ def test_changed_inputs_are_refused_and_other_arguments_begin_anew(files, tmp_pa
         change()
         kept = hashes(out)
         code, _, last = Run(stage, here, out).wait()
-        assert code == 1 and ("changed" in last or "state.pt is cut" in last) and hashes(out) == kept
+        assert code == 1 and hashes(out) == kept and ("changed" in last or "pt is cut" in last)
         undo()
         assert sorted(tmp_path.iterdir()) == [here, out]
     kept = hashes(out)
@@ -262,27 +285,22 @@ def test_changed_inputs_are_refused_and_other_arguments_begin_anew(files, tmp_pa
 
 @ALL
 @pytest.mark.parametrize("room", (200, 20_000))         # neither log nor state fit; the log does
-def test_a_full_disk_ends_in_one_sentence_and_the_last_state_goes_on(files, tmp_path, whole, stage,
-                                                                     room):
+def test_a_full_disk_or_a_loss_that_is_not_finite_leaves_the_last_state(files, tmp_path, whole,
+                                                                        stage, room):
     def fill():
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
 
-    out = tmp_path / "out"
-    code, _, last = Run(stage, files, out, "--save-every", 0, before=at(3, fill)).wait()
+    out, start = tmp_path / "out", partial(Run, stage, files)
+    code, _, last = start(out, "--save-every", 0, before=at(3, fill)).wait()
     assert code == 1 and "File too large" in last and hashes(out).keys() == MAY_LEAVE
-    code, said, _ = Run(stage, files, out, "--save-every", 0).wait()
+    code, said, _ = start(out, "--save-every", 0).wait()
     assert code == 0 and "goes on from step 2 of 6" in said
     check_same(out, whole(stage))
-
-
-@ALL
-def test_a_loss_that_is_not_finite_ends_in_one_sentence(files, tmp_path, stage):
-    out = tmp_path / "out"
-    code, _, last = Run(stage, files, out, "--lr", 1e30, "--save-every", 0).wait()
-    step = torch.load(out / "state.pt", weights_only=True)["step"]
+    code, _, last = start(tmp_path / "nan", "--lr", 1e30, "--save-every", 0).wait()
+    step = torch.load(tmp_path / "nan/state.pt", weights_only=True)["step"]
     assert code == 1 and f"at step {step + 1}: try a lower --lr than 1e+30" in last
-    assert step < STEPS and hashes(out).keys() == MAY_LEAVE
+    assert step < STEPS and hashes(tmp_path / "nan").keys() == MAY_LEAVE
 
 
 # --------------------------------------------------------------------------------------------------
@@ -304,14 +322,17 @@ def test_a_run_can_be_repeated_and_have_any_number_of_steps(files, tmp_path, sta
 
 
 def test_ctrl_c_to_a_command_with_workers(files, tmp_path):
-    """As a terminal sends it, to all processes; started with it ignored, as by `nohup ... &`."""
-    argv = command(align_features, files, tmp_path / "out", "--save-every", 0, "--workers", 2,
-                   "--steps", 100000)
+    """As a terminal sends it, to all processes; started with it ignored, as by `nohup ... &`. While
+    it runs, no other run can write to its folder."""
+    flags = "--save-every", 0, "--workers", 2, "--steps", 100_000
+    argv = command(align_features, files, tmp_path / "out", *flags)
     process = subprocess.Popen([sys.executable, *argv], stderr=subprocess.PIPE,
                                stdout=subprocess.PIPE, text=True, start_new_session=True,
                                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN))
     while process.poll() is None and not (tmp_path / "out/state.pt").exists():
         time.sleep(0.01)
+    code, _, last = Run(align_features, files, tmp_path / "out", *flags).wait()
+    assert code == 1 and "is being written by another run" in last
     os.killpg(process.pid, signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130 and "Traceback" not in errors
@@ -320,30 +341,29 @@ def test_ctrl_c_to_a_command_with_workers(files, tmp_path):
         os.killpg(process.pid, 0)
 
 
-def two_ranks(stage, files, out, *flags, before=lambda: None):
-    """What torchrun --nproc-per-node 2 starts, without its imports."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = str(free.getsockname()[1])
-
-    def rank(n):
-        os.environ |= dict(RANK=str(n), LOCAL_RANK=str(n), WORLD_SIZE="2", MASTER_PORT=port,
-                           MASTER_ADDR="localhost")
-        for module in (model, *STAGES):
-            module.RANK, module.WORLD = n, 2
-        before()
-
-    return [Run(stage, files, out, *flags, before=partial(rank, n)) for n in (0, 1)]
-
-
 @ALL
 def test_two_processes_equal_one(files, tmp_path, stage):
     """20 steps in float64 within 1e-8; only the first writes and prints; both stop together."""
     flags = ["--steps", 20, "--dtype", "float64", "--lr", 1e-3]
     one, two = tmp_path / "one", tmp_path / "two"
     brief(stage, files, one, "--every", 4, *flags)
-    pair = lambda **more: [run.wait() for run in two_ranks(stage, files, two, *flags, **more)]
-    (code, _, last), quiet = pair(before=at(7, lambda: model.RANK and send(signal.SIGTERM)()))
+
+    def pair(before=lambda: None):
+        """What torchrun --nproc-per-node 2 starts, without its imports."""
+        with socket.create_server(("localhost", 0)) as free:
+            port = str(free.getsockname()[1])
+
+        def rank(n):
+            os.environ |= dict(RANK=str(n), WORLD_SIZE="2", MASTER_ADDR="localhost",
+                               MASTER_PORT=port)
+            for module in (model, *STAGES):
+                module.RANK, module.WORLD = n, 2
+            before()
+
+        runs = [Run(stage, files, two, *flags, before=partial(rank, n)) for n in (0, 1)]
+        return [run.wait() for run in runs]
+
+    (code, _, last), quiet = pair(at(7, lambda: model.RANK and send(signal.SIGTERM)()))
     assert code == 143 and "step 7" in last and quiet == (143, "", "")
     (code, said, _), quiet = pair()
     assert code == 0 and "goes on from step 7 of 20" in said and quiet == (0, "", "")
