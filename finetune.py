@@ -76,8 +76,8 @@ def parse(argv):
          help=f"0 only scores (default: {DEFAULTS['steps']}, demo: {DEMO['steps']})")
     flag("--batch-size", type=int, help=f"(default: {DEFAULTS['batch_size']}, demo: "
          f"{DEMO['batch_size']}, with --predict {PREDICT['batch_size']})")
-    flag("--lr", type=float, default=1e-4,
-         help=f"peak, {HEAD_LR} times that for the head (default: 1e-4)")
+    flag("--lr", type=float, help=f"peak, {HEAD_LR} times that for the head (default: 1e-4; 3e-3 "
+         "where a linear head to segment is all that is trained)")
     flag("--align", type=float, default=0.0, metavar="W", help="keep stage 1's loss against "
          "--teacher, this much of it, while the backbone is tuned (default: 0)")
     flag("--teacher", help="the softmax ViT for --align (default: none)")
@@ -94,6 +94,9 @@ def parse(argv):
     if args.weights is None and args.data is None and not args.predict:
         args.weights, args.freeze = ABLATION, not args.from_scratch
         print("demo:", "--freeze" * args.freeze, "--weights", *args.weights)
+    if args.lr is None:
+        alone = args.freeze and args.task == "segment" and args.head != "mask"
+        args.lr = 3e-3 if alone else 1e-4
     args = complete(args, *([PREDICT] * 2 if args.predict else [DEFAULTS, DEMO]))
     if args.weights is None or args.predict and len(args.weights) != 1:
         raise InputError("--weights: expected files to fine-tune, or one checkpoint to --predict "

@@ -30,7 +30,9 @@ def commands():
     shell = [path.read_text() for path in (ROOT / "results").glob("*.sh")]
     texts = [*blocks, *shell, PAGES["demo/README.md"], *(m.__doc__ for m in SCRIPTS.values())]
     texts += re.findall(r"`(python \w+\.py[^`]*)`", "\n".join(PAGES.values()))
-    variables = {"$data": "--teacher T --data D", "$same": "", "$rows": "T S", "$seed": "0"}
+    variables = {"$data": "--teacher T --data D", "$same": "", "$rows": "T S", "$seed": "0",
+                 "$dtype": "float32", "$flags": "", "$size": "224", "$ONE": "1", "$TWO": "1",
+                 "$head": "linear", "$students": "T S", "$rate": "1e-4"}
     for line in "\n".join(texts).replace("\\\n", " ").splitlines():
         for name, value in variables.items():
             line = line.replace(name, value)
