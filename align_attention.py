@@ -40,6 +40,8 @@ def parse(argv):
          f"(demo: {DEMO['teacher']})")
     flag("--student", help="one of this teacher to go on with (default: the teacher, swapped)")
     flag("--attention", choices=ATTENTION, help="the student's operator (default: linear)")
+    flag("--keep-softmax", type=int, default=0, help="last blocks that stay softmax, the rest of "
+         "the cost is linear (default: 0)")
     flag("--train", choices=GROUPS, nargs="+", default=["qkv", "operator", "proj"],
          help="what is tuned: query, key and value (the paper's), the operator's own parameters, "
          "the output projection (default: all three)")
@@ -178,7 +180,8 @@ def main(argv=None):
     device, dtype = device_and_dtype(args.dtype)
     scaler = torch.amp.GradScaler(device, enabled=dtype == torch.float16)
 
-    teacher, student, digest = load_pair(args.teacher, args.student, args.attention)
+    teacher, student, digest = load_pair(args.teacher, args.student, args.attention,
+                                         args.keep_softmax)
     args.size = teacher.arch.pixels[0] if args.size is None else args.size
     grid = teacher.grid(args.size, args.size)
     by_block = trained_parameters(student, args.train)

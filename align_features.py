@@ -44,6 +44,8 @@ def parse(argv):
          f"(demo: {DEMO['teacher']})")
     flag("--student", help=f"stage 1's (default: the teacher, swapped; demo: {STAGE_1})")
     flag("--attention", choices=ATTENTION, help="operator without --student (default: linear)")
+    flag("--keep-softmax", type=int, default=0, help="last blocks that stay softmax, the rest of "
+         "the cost is linear (default: 0)")
     flag("--loss", choices=LOSS, default="whitened",
          help="of final tokens (default: whitened; the paper's: mse)")
     flag("--data", nargs="+", help="folders of images, or torchvision sets (default: the demo's)")
@@ -157,7 +159,8 @@ def main(argv=None):
     device, dtype = device_and_dtype(args.dtype)
     scaler = torch.amp.GradScaler(device, enabled=dtype == torch.float16)
 
-    teacher, student, digest = load_pair(args.teacher, args.student, args.attention)
+    teacher, student, digest = load_pair(args.teacher, args.student, args.attention,
+                                         args.keep_softmax)
     stage = "features" if student.facts.get("stage") in (None, "features") else "attention+features"
     args.size = teacher.arch.pixels[0] if args.size is None else args.size
     teacher.grid(args.size, args.size)

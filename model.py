@@ -321,14 +321,16 @@ class PatchEmbed(nn.Module):
 class ViT(nn.Module):
     """Pre-norm Vision Transformer of every family in FAMILIES.
 
-    attention: a name in ATTENTION. facts: what the header of its weight file says of its origin.
+    attention: a name in ATTENTION. keep_softmax: this many last blocks keep softmax, and the ViT
+    is not linear any more. facts: what the header of its weight file says of its origin.
     """
 
-    def __init__(self, arch, attention="softmax"):
+    def __init__(self, arch, attention="softmax", keep_softmax=0):
         super().__init__()
         if attention not in ATTENTION:
             raise InputError(f"attention '{attention}' is unknown: expected {', '.join(ATTENTION)}")
         self.arch, self.attention, self.facts = arch, attention, {}
+        self.keep_softmax = keep_softmax
         self.patch_embed = PatchEmbed(arch)
         if arch.position != "rotary":
             rows = arch.grid[0] * arch.grid[1] + arch.cls_position
@@ -338,7 +340,9 @@ class ViT(nn.Module):
         if arch.registers:
             self.reg_token = nn.Parameter(torch.zeros(1, arch.registers, arch.width))
         self.norm_pre = nn.LayerNorm(arch.width, eps=arch.eps) if arch.norm_pre else nn.Identity()
-        self.blocks = nn.ModuleList(Block(arch, attention) for _ in range(arch.depth))
+        changed = max(0, arch.depth - keep_softmax)
+        self.blocks = nn.ModuleList(Block(arch, attention if i < changed else "softmax")
+                                    for i in range(arch.depth))
         self.norm = nn.LayerNorm(arch.width, eps=arch.eps)
         # Initialise for training from scratch. Operators initialise their own parameters.
         for name, tensor in self.named_parameters():
@@ -550,7 +554,8 @@ def load_vit(spec, attention=None):
         saved = {key: tuple(value) if isinstance(value, list) else value
                  for key, value in facts.pop("architecture", {}).items() if key != "interpolation"}
         arch = KNOWN[name] if not saved and name else Architecture(**saved)
-        model, tensors = ViT(arch, facts.pop("attention", "softmax")), clean(tensors, path)
+        model = ViT(arch, facts.pop("attention", "softmax"), facts.pop("keep_softmax", 0))
+        tensors = clean(tensors, path)
         bad = [key for key, tensor in tensors.items()
                if not tensor.is_floating_point() or not tensor.isfinite().all()]
         if bad:
@@ -568,15 +573,15 @@ def load_vit(spec, attention=None):
     return model.eval()
 
 
-def linearize(model, attention="linear"):
+def linearize(model, attention="linear", keep_softmax=0):
     """A student: every weight copied, the operator swapped; the new one's parameters are fresh."""
-    student, same = ViT(model.arch, attention), attention == model.attention
+    student, same = ViT(model.arch, attention, keep_softmax), attention == model.attention
     kept = {name: t for name, t in model.state_dict().items() if same or ".operator." not in name}
     student.load_state_dict(student.state_dict() | kept)
     return student.to(next(model.parameters()).device).train(model.training)
 
 
-def load_pair(teacher, student=None, attention=None):
+def load_pair(teacher, student=None, attention=None, keep_softmax=0):
     """Stages 1 and 2: -> (softmax teacher, student to train, sha256 of the teacher's tensors).
 
     student: a file that this teacher aligned; None starts from the teacher's weights.
@@ -588,10 +593,11 @@ def load_pair(teacher, student=None, attention=None):
         digest.update(name.encode() + tensor.numpy().tobytes())
     digest = digest.hexdigest()
     if student is None:
-        return theirs, linearize(theirs, attention or "linear"), digest
+        return theirs, linearize(theirs, attention or "linear", keep_softmax), digest
     ours = load_vit(student)
-    if attention not in (None, ours.attention):
-        raise InputError(f"--attention {attention}, but {student} has {ours.attention} attention")
+    if attention not in (None, ours.attention) or keep_softmax not in (0, ours.keep_softmax):
+        raise InputError(f"--attention {attention} --keep-softmax {keep_softmax}, but {student} "
+                         f"has {ours.attention} attention and keeps {ours.keep_softmax}")
     if ours.arch != theirs.arch or ours.facts.get("teacher") != digest:
         raise InputError(f"{student} was not aligned to {teacher}, or by an earlier version: give "
                          "its own teacher, or run stage 1 again with this one")
@@ -622,7 +628,8 @@ def save_vit(model, path, head=None, **facts):
                    for name, tensor in tensors.items()}
     tensors |= {f"head.{name}": t for name, t in (head.state_dict() if head else {}).items()}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    header = {"architecture": asdict(model.arch), "attention": model.attention, **facts}
+    header = {"architecture": asdict(model.arch), "attention": model.attention,
+              "keep_softmax": model.keep_softmax, **facts}
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, save(tensors, metadata={"adala": json.dumps(header)}))
 

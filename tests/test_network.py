@@ -11,7 +11,7 @@ from torchvision.models.vision_transformer import VisionTransformer
 
 import demo.shapes as shapes
 import model
-from conftest import TINY, error, randomise, refusal, same, seeded, varying
+from conftest import SIZE, TINY, error, random_vit, randomise, refusal, same, seeded, varying
 from model import (ATTENTION, KNOWN, Architecture, Attention, ViT, linear_attention,
                    linear_reference, linearize, load_vit, rotate, save_vit, softmax_attention)
 
@@ -277,3 +277,18 @@ def test_shapes_depend_on_the_seed_and_only_the_target_has_the_colour_of_the_rin
         assert cell.sum() == 6 and cell.any(1).sum() == 5       # six things, two of one colour:
         assert target.sum() == 1 and pair[target].all()         # the target, and the ring, which
         assert torch.equal(cell.any(0) & ~middle.any(0), pair & ~target)        # has a hole
+
+
+def test_last_blocks_may_keep_softmax(tmp_path):
+    """Asked for by number; saved and loaded; every weight but the swapped operators' is the same."""
+    teacher = random_vit().eval()
+    student = linearize(teacher, "linear_conv", keep_softmax=1)
+    kinds = [type(block.attn.operator).__name__ for block in student.blocks]
+    assert kinds == ["LinearConv", "Operator"] and student.blocks[1].attn.operator.function is (
+        teacher.blocks[1].attn.operator.function)
+    save_vit(student, tmp_path / "a.safetensors")
+    again, images = load_vit(tmp_path / "a.safetensors"), torch.rand(2, 3, SIZE, SIZE)
+    assert again.keep_softmax == 1 and same(again, student)
+    assert torch.equal(again(images), student(images))
+    assert not torch.equal(again(images), linearize(teacher, "linear_conv")(images))
+    assert torch.equal(linearize(teacher, "linear", keep_softmax=9)(images), teacher(images))
