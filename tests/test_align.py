@@ -86,6 +86,8 @@ def test_block_loss_is_the_squared_error_over_that_of_the_mean_of_v():
     assert wrong.item() == pytest.approx((output - target).square().sum().item(), rel=1e-9)
     assert scale.item() == pytest.approx((blind - target).square().sum().item(), rel=1e-9)
     assert not scale.requires_grad and wrong.dtype == torch.float64
+    _, _, scale = block_alignment(teacher.blocks[0], student.blocks[0], x[:, :1], (1, 1))
+    assert scale == 1e-12                               # one token: the mean of V is exact
 
 
 def test_main_aligns_block_by_block(files, chain, tmp_path, monkeypatch):
