@@ -280,7 +280,7 @@ def test_shapes_depend_on_the_seed_and_only_the_target_has_the_colour_of_the_rin
 
 
 def test_last_blocks_may_keep_softmax(tmp_path):
-    """Asked for by number; saved and loaded; every weight but the swapped operators' is the same."""
+    """Asked for by number; saved and loaded; all weights but swapped operators' are the same."""
     teacher = random_vit().eval()
     student = linearize(teacher, "linear_conv", keep_softmax=1)
     kinds = [type(block.attn.operator).__name__ for block in student.blocks]
