@@ -132,7 +132,7 @@ def test_killed_at_random_moments(files, tmp_path, whole, stage):
     while code != 0:
         def soon():                         # as `kill -9`: the kernel ends it, nothing is caught
             signal.signal(signal.SIGALRM, signal.SIG_DFL)
-            signal.setitimer(signal.ITIMER_REAL, moments.uniform(1e-3, 2e-2))
+            signal.setitimer(signal.ITIMER_REAL, moments.uniform(1e-3, 2e-2) * 1.1 ** kills)
 
         state = (out / "state.pt").exists()
         moments.random()
