@@ -925,7 +925,7 @@ def loaders(args, source, held_out, first, most=256):
                      worker_init_fn=leave_signals)
     draws = range(first * args.batch_size + RANK, args.steps * args.batch_size, WORLD)
     train = loader(Draws(source, read, crop, args.seed), args.batch_size // WORLD, sampler=draws)
-    few = Subset(held_out, range(0, len(held_out), max(1, len(held_out) // most)))
+    few = Subset(held_out, range(0, len(held_out), max(1, math.ceil(len(held_out) / most))))
     return train, loader(Draws(few, read, whole), args.batch_size)
 
 
