@@ -171,7 +171,7 @@ def draw_attention(maps, images, queries, grid, path):
                        zip(divmod(query, grid[1]), images.shape[2:], grid))
         photo[:, row:row + photo.shape[1] // grid[0], column:column + photo.shape[2] // grid[1]] = 1
     rows = [photos, *(photos * 0.3 + 0.7 * part.unsqueeze(1) for part in maps.unbind(1))]
-    save_image(torch.cat(rows), path, nrow=len(photos))
+    write_whole(path, partial(save_image, torch.cat(rows), nrow=len(photos), format="png"))
 
 
 def main(argv=None):

@@ -150,7 +150,8 @@ def picture(teacher, student, images, path):
     low, high = (colours[0].flatten(0, 1).quantile(q, dim=0) for q in (0.01, 0.99))
     rows = [((c - low) / (high - low)).clamp(0, 1).mT.unflatten(2, grid) for c in colours]
     rows = [F.interpolate(row, size=images.shape[2:], mode="nearest") for row in rows]
-    save_image(torch.cat([images / 255, *rows]), path, nrow=len(images))
+    rows = torch.cat([images / 255, *rows])
+    write_whole(path, partial(save_image, rows, nrow=len(images), format="png"))
 
 
 def main(argv=None):

@@ -521,7 +521,7 @@ def picture(path, rows, classes, ids, cell=160, line=20):
         x, y = 200 * (i % (width // 200)) + 4, below + line * (i // (width // 200))
         draw.rectangle((x, y, x + 13, y + 13), tuple(colours[i].tolist()), "black")
         draw.text((x + 18, y), f"{id} {name[:22]}" if name != str(id) else name, "black", font)
-    sheet.save(path)
+    write_whole(path, partial(sheet.save, format="png"))
 
 
 def load_backbone(spec, from_scratch):
@@ -583,9 +583,10 @@ def predict(args, device, dtype):
             target.parent.mkdir(parents=True, exist_ok=True)
             image = Image.fromarray(ids[mask].byte().numpy())
             image.putpalette((PALETTE * 255).byte().flatten().tolist())
-            image.save(target)
+            write_whole(target, partial(image.save, format="png"))
             overlay = photo.float() / 510 + PALETTE[ids[mask]].movedim(-1, 0) / 2
-            save_image(overlay, target.with_name(f"{target.stem}.overlay.png"))
+            write_whole(target.with_name(f"{target.stem}.overlay.png"),
+                        partial(save_image, overlay, format="png"))
             print(f"{path}\t{', '.join(classes[value] for value in mask.unique())}\t{target}")
 
 

@@ -18,7 +18,6 @@ Glossary, the same letters in every file; the paper's symbol, where it has one, 
     grid  (rows, columns) of patches         prefix  CLS and registers, which are not on the grid
 """
 import argparse
-import fcntl
 import hashlib
 import io
 import json
@@ -605,12 +604,15 @@ def load_pair(teacher, student=None, attention=None, keep_softmax=0):
 
 
 def write_whole(path, content):
-    """Write bytes, or anything else as JSON, so that the file appears whole or not at all."""
+    """Write bytes, what content(file) writes, or JSON: the file appears whole or not at all."""
     if RANK > 0:
         return
     part = Path(path).with_name(f".{Path(path).name}.part")
     try:
-        if not isinstance(content, bytes):
+        if callable(content):
+            content(buffer := io.BytesIO())
+            content = buffer.getvalue()
+        elif not isinstance(content, bytes):
             content = json.dumps(content, indent=1, allow_nan=False).encode()
         part.write_bytes(content)
         part.replace(path)
@@ -944,6 +946,9 @@ HELD = []                                               # a file, locked while t
 
 def hold(mark, out):
     """Refuse a folder to which another living run writes; a lock of a dead process is none."""
+    if os.name != "posix":
+        return                                          # Windows has no such lock
+    import fcntl
     HELD[:] = [open(mark, "r+b")]
     try:
         fcntl.lockf(HELD[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -1082,12 +1087,10 @@ class Progress:
     def save(self):
         self.log.flush()
         self.due = time.perf_counter() + self.args.save_every
-        if RANK == 0:
-            content = io.BytesIO()
-            torch.save(dict(read=self.read, step=self.step, seconds=self.seconds, kept=self.kept,
-                            parts={name: part.state_dict() for name, part in self.parts.items()},
-                            logged=self.log.tell()), content)
-            write_whole(self.out / "state.pt", content.getvalue())
+        state = dict(read=self.read, step=self.step, seconds=self.seconds, kept=self.kept,
+                     parts={name: part.state_dict() for name, part in self.parts.items()},
+                     logged=self.log.tell())
+        write_whole(self.out / "state.pt", partial(torch.save, state))
 
     def __exit__(self, kind, *_):
         for number, handler in self.before.items():
@@ -1120,7 +1123,7 @@ class Progress:
                 axis.plot(*zip(*curve), label=name, linewidth=1)
             axis.set(xlabel="step", title=key.replace("_", " "))
         if rows:
-            figure.savefig(self.out / "curves.png", dpi=100)
+            write_whole(self.out / "curves.png", partial(figure.savefig, dpi=100))
 
 
 def run(main):

@@ -25,24 +25,29 @@ def mode(device):
     return "eager" if device == "cpu" else "compiled"
 
 
+def curves(device):
+    """Rows of part model, both dtypes."""
+    return [row for dtype in ("float32", "bfloat16") for row in read(f"bench-{device}-model-{dtype}-{mode(device)}.csv")]
+
+
 def gains(device):
-    """Images/s of the linear ViT, and how many times that of fused softmax it is."""
-    rows = read(f"bench-{device}-model-{mode(device)}.csv")
-    value = {(row["model"], row["batch"], row["pixels"], row["name"]): row for row in rows if row["images_per_s"]}
-    pixels, curves = dict.fromkeys(row["pixels"] for row in rows), dict.fromkeys((row["model"], row["batch"]) for row in rows)
+    """Images/s of the linear ViTs, and how many times that of fused softmax they are."""
+    rows = [row for row in curves(device) if row["images_per_s"]]
+    value = {tuple(row[key] for key in ("model", "batch", "dtype", "name", "pixels")): row for row in rows}
+    pixels = dict.fromkeys(row["pixels"] for row in rows)
+    lines = dict.fromkeys(key[:4] for key in value if key[3].startswith("linear"))
 
-    def cell(*point):
-        linear, softmax = value.get((*point, "linear")), value.get((*point, "softmax"))
-        if not linear:
-            return "-"
-        return f"{float(linear['images_per_s']):.2f}" + (f" ({1 / float(linear['ratio']):.2f}x)" if softmax else "")
+    def cell(line, p):
+        row = value.get((*line, p))
+        return f"{float(row['images_per_s']):.2f} ({1 / float(row['ratio']):.2f}x)" if row and row["ratio"] else "-"
 
-    return table(["model, batch", *(f"{p} px" for p in pixels)], [[f"{m}, {b}", *(cell(m, b, p) for p in pixels)] for m, b in curves])
+    return table(["model, batch, dtype, operator", *(f"{p} px" for p in pixels)],
+                 [[", ".join(line), *(cell(line, p) for p in pixels)] for line in lines])
 
 
 def memory(device):
     """Peak MB of a forward pass at batch 1, on top of weights and images: written out / fused / linear."""
-    rows = read(f"bench-{device}-model-{mode(device)}.csv")
+    rows = read(f"bench-{device}-model-float32-{mode(device)}.csv")
     value = {(row["model"], row["pixels"], row["name"]): f"{float(row['peak_mb']):,.0f}" for row in rows if row["batch"] == "1" and row["peak_mb"]}
     pixels, models = dict.fromkeys(row["pixels"] for row in rows), dict.fromkeys(row["model"] for row in rows)
     cell = lambda *point: " / ".join(value.get((*point, name), "-") for name in ("softmax_reference", "softmax", "linear"))
@@ -52,7 +57,7 @@ def memory(device):
 def operator(device):
     """Time of linear attention over that of its two products alone."""
     value = {(row["heads"], row["tokens"], row["mode"], row["pass"]): times(row["ratio"]) for mode in ("eager", "compiled")
-             for row in read(f"bench-{device}-attention-{mode}.csv") if row["name"] == "linear" and row["ratio"]}
+             for row in read(f"bench-{device}-attention-float32-{mode}.csv") if row["name"] == "linear" and row["ratio"]}
     kinds = [(mode, kind) for kind in ("forward", "forward+backward") for mode in ("eager", "compiled")]
     points = dict.fromkeys((heads, tokens) for heads, tokens, *_ in value if int(tokens) >= 4096)
     return table(["heads", "tokens", *(f"{kind}, {mode}" for mode, kind in kinds)],
@@ -69,18 +74,22 @@ def choices(device):
 
 
 def short(device):
-    """README's: how many times fused softmax's images/s the linear ViT-S/14 has at batch 1."""
-    rows = [row for row in read(f"bench-{device}-model-{mode(device)}.csv")
+    """README's: how many times fused softmax's images/s the linear ViT-S/14 has at batch 1, by dtype."""
+    rows = [row for row in curves(device)
             if (row["model"], row["batch"], row["name"]) == ("vits14", "1", "linear") and row["ratio"]]
-    return table(["ViT-S/14, batch 1", *(f"{row['pixels']} px" for row in rows)],
-                 [["linear, images/s", *(f"{float(row['images_per_s']):.2f}" for row in rows)],
-                  ["of fused softmax's", *(f"{1 / float(row['ratio']):.2f}x" for row in rows)]])
+    pixels = dict.fromkeys(row["pixels"] for row in rows)
+    lines = [["ViT-S/14, batch 1", *(f"{p} px" for p in pixels)]]
+    for dtype in dict.fromkeys(row["dtype"] for row in rows):
+        found = {row["pixels"]: row for row in rows if row["dtype"] == dtype}
+        lines.append([f"linear, images/s, {dtype}", *(f"{float(found[p]['images_per_s']):.2f}" if p in found else "-" for p in pixels)])
+        lines.append(["of fused softmax's", *(f"{1 / float(found[p]['ratio']):.2f}x" if p in found else "-" for p in pixels)])
+    return table(lines[0], lines[1:])
 
 
 def training(device):
     return table(["ViT-S/14, 224 pixels, batch 8", "in teacher forwards", "images/s", "peak MB"],
                  [[row["name"], times(row["ratio"]), f"{float(row['images_per_s']):.1f}", f"{float(row['peak_mb']):,.0f}"]
-                  for row in read(f"bench-{device}-train-{mode(device)}-quick.csv")])
+                  for row in read(f"bench-{device}-train-float32-{mode(device)}-quick.csv")])
 
 
 def loading(device):
