@@ -17,16 +17,14 @@ import argparse
 from functools import partial
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 from torchvision.utils import save_image
-from tqdm import tqdm
 
 from align_features import compare, whitening
 from demo.shapes import Shapes
-from model import ATTENTION, RANK, InputError, Progress, autocast, average, complete
-from model import device_and_dtype, fingerprint, load_pair, loaders, note_unread, open_out, run
-from model import run_flags, save_vit, unlabelled, widen, write_whole
+from model import ATTENTION, RANK, InputError, Progress, autocast, average, bar, complete
+from model import device_and_dtype, fingerprint, load_pair, loaders, note_unread, one_cycle
+from model import open_out, run, run_flags, save_vit, unlabelled, update, widen, write_whole
 
 DEFAULTS = dict(steps=2000, batch_size=32)
 DEMO = dict(teacher="demo/teacher.safetensors", size=64, steps=100, batch_size=64)  # without --data
@@ -40,8 +38,8 @@ def parse(argv):
          f"(demo: {DEMO['teacher']})")
     flag("--student", help="one of this teacher to go on with (default: the teacher, swapped)")
     flag("--attention", choices=ATTENTION, help="the student's operator (default: linear)")
-    flag("--keep-softmax", type=int, default=0, help="last blocks that stay softmax, the rest of "
-         "the cost is linear (default: 0)")
+    flag("--keep-softmax", type=int, default=0, help="this many last blocks keep softmax, "
+         "O(N^2) (default: 0, all are linear)")
     flag("--train", choices=GROUPS, nargs="+", default=["qkv", "operator", "proj"],
          help="what is tuned: query, key and value (the paper's), the operator's own parameters, "
          "the output projection (default: all three)")
@@ -93,8 +91,9 @@ GROUPS = {                                  # what --train takes: tensors of a b
 def trained_parameters(student, groups):
     """Freeze all but these GROUPS; -> a list of what is left for every block."""
     student.requires_grad_(False)
+    changed = student.blocks[:len(student.blocks) - student.keep_softmax]   # others are exact
     by_block = [[p for name in dict.fromkeys(groups) for p in GROUPS[name](block).parameters()]
-                for block in student.blocks]
+                for block in changed]
     if not any(by_block):
         raise InputError(f"--train {' '.join(groups)}: {student.attention} attention has no "
                          "parameters of its own to train")
@@ -128,14 +127,14 @@ def embed(teacher, images, dtype):
 @torch.no_grad()
 def relative_error(teacher, student, batches, device, dtype, note=lambda _: None):
     """Held-out error of each block's attention output: root of the loss, so 1 is the mean of V."""
-    losses = []
-    for images, messages in tqdm(batches, "blocks", leave=False, delay=2, disable=RANK > 0):
+    sums = torch.zeros(len(teacher.blocks), 2, dtype=torch.float64, device=device)
+    for images, messages in bar(batches, "blocks"):
         note(messages)                      # of photos that could not be read
         x, grid = embed(teacher, images.to(device), dtype)
-        for theirs, ours in zip(teacher.blocks, student.blocks):
+        for theirs, ours, total in zip(teacher.blocks, student.blocks, sums):
             x, error, scale = block_alignment(theirs, ours, x, grid, dtype)
-            losses.append(error / scale)
-    return torch.stack(losses).view(-1, len(teacher.blocks)).mean(0).sqrt().tolist()
+            total += torch.stack([error, scale])
+    return (sums[:, 0] / sums[:, 1]).sqrt().tolist()
 
 
 def attention_maps(teacher, vits, images, queries):
@@ -189,17 +188,15 @@ def main(argv=None):
     source, held_out = unlabelled(args.data) if args.data else (Shapes("train"), Shapes("val"))
     read = fingerprint([args.teacher, args.student], source, held_out)
     out, saved = open_out(args, [args.teacher, args.student, *(args.data or [])], read)
-    if dtype == torch.float64:
-        teacher, student = teacher.double(), student.double()
-    teacher, student = teacher.to(device).requires_grad_(False), student.to(device).train()
-    trained, all_of_it = (sum(p.numel() for p in part) / 1e6
-                          for part in (parameters, student.parameters()))
-    print(f"{student.attention} attention, training {trained:.2f} M of {all_of_it:.2f} M parameters"
-          f" on {len(source)} images of {args.size} pixels, {device}, {dtype}")
+    wide = torch.promote_types(dtype, torch.float32)    # of weights; autocast's is dtype
+    teacher, student = teacher.to(device, wide).requires_grad_(False), student.to(device, wide)
+    trained, total = (sum(p.numel() for p in part) / 1e6
+                      for part in (parameters, student.parameters()))
+    print(f"{student.attention} attention, training {trained:.2f} M of {total:.2f} M parameters "
+          f"on {len(source)} images of {args.size} pixels, {device}, {dtype}")
 
     optimizer = torch.optim.AdamW(parameters, args.lr, weight_decay=0)  # stay near the teacher's
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, args.lr, max(args.steps, 10) + 1, pct_start=0.1, cycle_momentum=False)
+    schedule = one_cycle(optimizer, args.steps)
     align = torch.compile(block_alignment, fullgraph=True) if args.compile else block_alignment
     train, held_out = loaders(args, source, held_out, saved["step"] if saved else 0)
     few = next(iter(held_out))[0]           # a few held-out images, for curves and pictures
@@ -223,17 +220,11 @@ def main(argv=None):
             for theirs, ours in zip(teacher.blocks, student.blocks):
                 x, error, scale = align(theirs, ours, x, grid, dtype)       # attention alignment
                 loss = error / average([scale])[0]
-                scaler.scale(loss).backward()   # now: memory holds one block's activations
+                if loss.requires_grad:          # a block that keeps softmax has nothing to learn
+                    scaler.scale(loss).backward()   # now: memory holds one block's activations
                 losses.append(loss.detach())
-            average(p.grad for p in parameters)
-            scaler.unscale_(optimizer)
-            for block in by_block:              # clipped apart: the blocks share nothing
-                nn.utils.clip_grad_norm_(block, 1.0)
-            scaler.step(optimizer)
-            scaler.update()
-            row = dict(lr=schedule.get_last_lr()[0], blocks=torch.stack(average(losses)).tolist())
-            schedule.step()
-            optimizer.zero_grad()
+            row = dict(lr=update(scaler, optimizer, schedule, by_block),    # clipped block by block
+                       blocks=torch.stack(average(losses)).tolist())
             if step % args.every == 0:
                 blocks = relative_error(teacher, student, [(few, [])], device, dtype)
                 row["held_out"] = sum(blocks) / len(blocks)

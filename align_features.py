@@ -18,16 +18,14 @@ from functools import partial
 from itertools import islice
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.data import DataLoader
 from torchvision.utils import save_image
-from tqdm import tqdm
 
 from demo.shapes import Shapes
-from model import ATTENTION, RANK, InputError, Progress, autocast, average, complete
-from model import device_and_dtype, fingerprint, load_pair, loaders, note_unread, open_out, run
-from model import run_flags, save_vit, unlabelled, widen, write_whole
+from model import ATTENTION, RANK, InputError, Progress, autocast, average, bar, complete
+from model import device_and_dtype, fingerprint, load_pair, loaders, note_unread, one_cycle
+from model import open_out, run, run_flags, save_vit, unlabelled, update, widen, write_whole
 
 DEFAULTS = dict(steps=5000, batch_size=32, lr=5e-5)
 DEMO = dict(teacher="demo/teacher.safetensors", size=64, steps=150, batch_size=64, lr=5e-4)
@@ -44,8 +42,8 @@ def parse(argv):
          f"(demo: {DEMO['teacher']})")
     flag("--student", help=f"stage 1's (default: the teacher, swapped; demo: {STAGE_1})")
     flag("--attention", choices=ATTENTION, help="operator without --student (default: linear)")
-    flag("--keep-softmax", type=int, default=0, help="last blocks that stay softmax, the rest of "
-         "the cost is linear (default: 0)")
+    flag("--keep-softmax", type=int, default=0, help="this many last blocks keep softmax, "
+         "O(N^2) (default: 0, all are linear)")
     flag("--loss", choices=LOSS, default="whitened",
          help="of final tokens (default: whitened; the paper's: mse)")
     flag("--data", nargs="+", help="folders of images, or torchvision sets (default: the demo's)")
@@ -93,9 +91,9 @@ def whitening(teacher, draws, batch_size, device, dtype, images=128):
     """
     tokens = []
     batches = islice(DataLoader(draws, batch_size), math.ceil(images / batch_size))
-    for images, _ in tqdm(batches, "whitening", leave=False, delay=2, disable=RANK > 0):
+    for photos, _ in bar(batches, "whitening"):
         with autocast(device, dtype):
-            tokens.append(widen(teacher(teacher.normalize(images.to(device)))).flatten(0, 1))
+            tokens.append(widen(teacher(teacher.normalize(photos.to(device)))).flatten(0, 1))
     values, vectors = torch.linalg.eigh(torch.cat(tokens).double().T.cov())
     whiten = (vectors * (values + 0.03 * values.mean()).rsqrt()) @ vectors.T
     return whiten.to(tokens[0].dtype)
@@ -123,19 +121,19 @@ def compare(teacher, student, batches, whiten, device, dtype, note=lambda _: Non
     """
     prefix, cls, patches = teacher.arch.prefix, [], []
     sums = torch.zeros(2, 2, dtype=torch.float64, device=device)            # (plain, whitened), ...
-    for images, messages in tqdm(batches, "tokens", leave=False, delay=2, disable=RANK > 0):
+    for images, messages in bar(batches, "tokens"):
         note(messages)                      # of photos that could not be read
         images = teacher.normalize(images.to(device))
         with autocast(device, dtype):
             want, have = widen(teacher(images)), widen(student(images))
         alike = F.cosine_similarity(have, want, dim=-1)                     # (B, 1+R+N)
-        cls.append(alike[:, 0].mean())
-        patches.append(alike[:, prefix:].mean())
+        cls.append(alike[:, 0])
+        patches.append(alike[:, prefix:].mean(1))
         for apart, total in zip((have - want, want - want.mean((0, 1))), sums.T):   # error, energy
             total += torch.stack([x.square().sum() for x in (apart, apart @ whiten)])
     plain, white = (sums[:, 0] / sums[:, 1].clamp(min=1e-12)).sqrt().tolist()
-    return dict(cls_cosine=torch.stack(cls).mean().item() if teacher.arch.cls else None,
-                patch_cosine=torch.stack(patches).mean().item(),
+    return dict(cls_cosine=torch.cat(cls).mean().item() if teacher.arch.cls else None,
+                patch_cosine=torch.cat(patches).mean().item(),
                 relative_error=plain, whitened_error=white)
 
 
@@ -168,16 +166,14 @@ def main(argv=None):
     source, held_out = unlabelled(args.data) if args.data else (Shapes("train"), Shapes("val"))
     read = fingerprint([args.teacher, args.student], source, held_out)
     out, saved = open_out(args, [args.teacher, args.student, *(args.data or [])], read)
-    if dtype == torch.float64:
-        teacher, student = teacher.double(), student.double()
-    teacher, student = teacher.to(device).requires_grad_(False), student.to(device)
+    wide = torch.promote_types(dtype, torch.float32)    # of weights; autocast's is dtype
+    teacher, student = teacher.to(device, wide).requires_grad_(False), student.to(device, wide)
     print(f"{student.attention} attention, training all "
           f"{sum(p.numel() for p in student.parameters()) / 1e6:.2f} M parameters on "
           f"{len(source)} images of {args.size} pixels, {device}, {dtype}")
 
     optimizer = torch.optim.AdamW(student.parameters(), args.lr, weight_decay=0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, args.lr, max(args.steps, 10) + 1, pct_start=0.1, cycle_momentum=False)
+    schedule = one_cycle(optimizer, args.steps)
     align = torch.compile(feature_alignment, fullgraph=True) if args.compile else feature_alignment
     train, held_out = loaders(args, source, held_out, saved["step"] if saved else 0)
     few = [(next(iter(held_out))[0], [])]   # one held-out batch, for the curve
@@ -199,14 +195,7 @@ def main(argv=None):
             images = images.to(device, non_blocking=True)
             loss = align(teacher, student, images, loss_of, dtype)          # feature alignment
             scaler.scale(loss).backward()
-            average(p.grad for p in student.parameters())
-            scaler.unscale_(optimizer)
-            nn.utils.clip_grad_norm_(student.parameters(), 1.0)
-            scaler.step(optimizer)
-            scaler.update()
-            row = dict(lr=schedule.get_last_lr()[0])
-            schedule.step()
-            optimizer.zero_grad()
+            row = dict(lr=update(scaler, optimizer, schedule, [[*student.parameters()]]))
             if step % args.every == 0:
                 row["held_out"] = compare(teacher, student, few, whiten, device, dtype)[CURVE]
             progress.done(average([loss.detach()])[0].item(), **row)

@@ -32,15 +32,15 @@ from torch.utils.data import DataLoader
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.utils import save_image
-from tqdm import tqdm
 
 from align_attention import block_alignment, embed
+from bench import peak_memory, timed
 from demo.shapes import Shapes
 from model import ATTENTION, BICUBIC, KNOWN, RANK, SETS, WORLD, Block, Draws, InputError, Progress
-from model import ViT, autocast, average, complete, decode, device_and_dtype, find_images
-from model import fingerprint, leave_signals, linearize, load_vit, open_out, open_set, read_image
-from model import read_weights, run, run_flags, save_vit, say_left_out, walk, weights_file, widen
-from model import write_whole
+from model import ViT, autocast, average, bar, complete, decode, device_and_dtype, find_images
+from model import fingerprint, leave_signals, linearize, load_vit, one_cycle, open_out, open_set
+from model import read_image, read_weights, run, run_flags, save_vit, say_left_out, update, views
+from model import walk, weights_file, widen, write_whole
 
 DEFAULTS = dict(steps=2000, batch_size=32)
 DEMO = dict(size=64, steps=300, batch_size=64)              # without --data
@@ -50,8 +50,8 @@ ABLATION = ["demo/teacher.safetensors", "demo/teacher.safetensors:linear",
 PARTS = "train", "val"
 IGNORE = 255                                # in our masks: neither in the loss nor in the score
 HEAD_LR = 10                                # the head learns this much faster than the backbone
-# Points of a mask, a patch and side, in the loss of a frozen one: in a tenth of the time as good as
-# every pixel (VOC mIoU after 150 steps 24.6 and 24.1; with 1 point 23.7).
+# The head of a frozen backbone learns from POINTS x POINTS pixels of the mask a patch, which is as
+# good as all (VOC mIoU after 150 steps 24.6 and 24.1; 1 point: 23.7) in a tenth of the time.
 POINTS = 4
 
 
@@ -81,9 +81,10 @@ def parse(argv):
     flag("--align", type=float, default=0.0, metavar="W", help="keep stage 1's loss against "
          "--teacher, this much of it, while the backbone is tuned (default: 0)")
     flag("--teacher", help="the softmax ViT for --align (default: none)")
-    run_flags(flag, None)
+    run_flags(flag, "runs/finetune")
     args = parser.parse_args(argv)
-    args.out = args.out or ("runs/predict" if args.predict else "runs/finetune")
+    if args.predict and args.out == parser.get_default("out"):
+        args.out = "runs/predict"
     for name in ("task", "data", "steps", "head", "ignore", "freeze", "from_scratch"):
         if args.predict and getattr(args, name) is not parser.get_default(name):
             raise InputError(f"--{name.replace('_', '-')} means nothing with --predict: it trains "
@@ -94,15 +95,13 @@ def parse(argv):
     if args.weights is None and args.data is None and not args.predict:
         args.weights, args.freeze = ABLATION, not args.from_scratch
         print("demo:", "--freeze" * args.freeze, "--weights", *args.weights)
-    if args.lr is None:
-        alone = args.freeze and args.task == "segment" and args.head != "mask"
-        args.lr = 3e-3 if alone else 1e-4
     args = complete(args, *([PREDICT] * 2 if args.predict else [DEFAULTS, DEMO]))
     if args.weights is None or args.predict and len(args.weights) != 1:
         raise InputError("--weights: expected files to fine-tune, or one checkpoint to --predict "
                          f"with, found {args.weights}")
-    if args.align and (args.freeze or args.teacher is None or args.predict):
-        raise InputError(f"--align {args.align} needs --teacher and a backbone that is tuned")
+    if bool(args.align) != bool(args.teacher) or args.align < 0 or args.align and args.freeze:
+        raise InputError(f"--align {args.align} --teacher {args.teacher}: expected both or none, "
+                         "and a backbone that is tuned")
     if args.freeze and args.from_scratch:
         raise InputError("--freeze with --from-scratch: random weights have no features to keep")
     return args
@@ -210,7 +209,7 @@ def count_ids(items, colours):
     colours: {colour of a palette: (its ids, file)}, so that no colour changes its id between files.
     """
     counts, turned = torch.zeros(256, dtype=torch.long), 0
-    for item in tqdm(items, desc="reading masks", leave=False, delay=2):
+    for item in bar(items, "reading masks"):
         ids, size = read_mask(item[-1]), read_image(item).shape[1:]
         if ids.shape != size:
             raise InputError(f"{item[-1]} has {ids.shape[0]} x {ids.shape[1]} pixels, {item[0]}, "
@@ -247,7 +246,7 @@ def by_class(data):
         raise InputError(f"{data} is laid out for --task segment, expected a folder for each class")
     items = [[(path, classes.index(name)) for name, paths in part.items() for path in paths]
              for part in parts]
-    for path, _ in tqdm(sum(items, []), desc="reading photos", leave=False, delay=2):
+    for path, _ in bar(sum(items, []), "reading photos"):
         read_image(path, short=32)          # a bad one ends the run here, not in the middle
     return *items, classes
 
@@ -343,7 +342,7 @@ class LinearHead(nn.Module):
 
 
 class MaskHead(nn.Module):
-    """Segmenter's mask transformer (arXiv 2105.05633): (B, rows, columns, C) -> the same of K.
+    """Segmenter's decoder (arXiv 2105.05633): (B, rows, columns, C) -> (B, K, rows, columns).
 
     A token per class joins the patches in two blocks with the backbone's own operator, O(N) if that
     is; before them, as a ViT's prefix: operators that know the grid let it bypass. Segmenter: a
@@ -472,7 +471,7 @@ def cached(vit, batches, task, frozen, device, dtype):
     """The same batches with what a head reads as inputs, on the CPU, in float16 or float64."""
     kept = dtype if dtype == torch.float64 else torch.float16
     return [[(logits_of(vit, nn.Identity(), inputs.to(device), task, frozen, dtype).to(kept).cpu(),
-              truth) for inputs, truth in batch] for batch in tqdm(batches, "features", delay=2)]
+              truth) for inputs, truth in batch] for batch in bar(batches, "features")]
 
 
 @torch.no_grad()
@@ -481,7 +480,7 @@ def evaluate(vit, head, batches, task, frozen, classes, device, dtype=torch.floa
     -> (percent: top-1, or mIoU over classes that occur; that per class).
     """
     confusion = torch.zeros(classes, classes, dtype=torch.long)
-    for batch in tqdm(batches, desc="scoring", leave=False, delay=2):
+    for batch in bar(batches, "scoring"):
         for inputs, targets in batch:
             guess = logits_of(vit, head, inputs.to(device), task, frozen, dtype)
             segment, size = task == "segment", targets.shape[1:]
@@ -558,7 +557,7 @@ def predict(args, device, dtype):
     if len({str(name) for _, name in photos}) < len(photos) and task == "segment":
         raise InputError("two photos of --predict have one name: give their folders one at a time")
     out = open_out(args, [spec, *args.predict])[0] if task == "segment" else None
-    whole = v2.Compose([v2.Resize(size, **BICUBIC), v2.CenterCrop(size)])
+    whole = views(size)[1]
     if task == "segment":
         whole = partial(fitted, size=size, patch=vit.arch.patch)
     for start in range(0, len(photos), args.batch_size):
@@ -598,17 +597,22 @@ def main(argv=None):
 
     wide = torch.promote_types(dtype, torch.float32)    # of weights, loss and logits
     teacher = load_vit(args.teacher).to(device, wide) if args.align else None
+    files = [args.teacher]
     for spec in args.weights:                           # all must be good before we start
-        model, _, _ = load_backbone(spec, args.from_scratch)
-        if args.align and (model.attention == "softmax" or model.arch != teacher.arch):
-            raise InputError(f"--align: {spec} has {model.attention} attention, expected a linear "
-                             f"student of {args.teacher}")
+        model, file, _ = load_backbone(spec, args.from_scratch)
+        files += [file] * (not args.from_scratch)
+        if args.align and (teacher.attention != "softmax" or "softmax" in model.attention
+                           or model.arch != teacher.arch):
+            raise InputError(f"--align: expected a linear student and its softmax teacher, found "
+                             f"{spec}, {model.attention}, and {args.teacher}, {teacher.attention}")
         if args.size is None:
             args.size = model.facts.get("size", model.arch.pixels[0])
         args.head = args.head or model.facts.get("head_kind")
         model.grid(args.size, args.size)
     segment = args.task == "segment"
     args.head = segment and args.head or "linear"
+    if args.lr is None:
+        args.lr = 3e-3 if args.freeze and segment and args.head == "linear" else 1e-4
     source, val_source, classes, ids = load_data(args.data, args.task, args.ignore)
     new_head = partial(make_head, task=args.task, classes=len(classes), kind=args.head)
     keep = partial(kept_head, task=args.task, classes=classes, ids=ids, kind=args.head)
@@ -617,26 +621,24 @@ def main(argv=None):
         head = new_head(model.arch, attention=model.attention)
         if args.from_scratch or not keep(head, file):
             raise InputError(f"--steps 0 only scores, but {spec} has no head for these classes")
-    files = [args.teacher, *(load_backbone(spec, False)[1] for spec in args.weights
-                             if not args.from_scratch)]
-    masks = [zlib.crc32(item[-1].read_bytes()) for part in (source, val_source) for item in part
-             if isinstance(item[-1], Path)]
+    masks = [zlib.crc32(item[-1].read_bytes()) for part in (source, val_source) if segment
+             for item in bar(part, "hashing masks") if isinstance(item[-1], Path)]
     mark = fingerprint(files, source, val_source, masks)
     out, saved = open_out(args, [*args.weights, args.data, args.teacher], mark)
     lookup = torch.full((256,), IGNORE, dtype=torch.uint8)
     lookup[ids] = torch.arange(len(ids), dtype=torch.uint8)
     read = partial(read_item, task=args.task, lookup=lookup, short=args.size)
-    whole = v2.Compose([v2.Resize(args.size, **BICUBIC), v2.CenterCrop(args.size)])
-    crop = [v2.RandomResizedCrop(args.size, (0.35, 1), **BICUBIC)]
+    crop, whole = views(args.size)
     if segment:
         fill = {tv_tensors.Mask: IGNORE, "others": 124}             # about the mean of photos
-        crop = [v2.RandomResize(args.size // 2, 2 * args.size, **BICUBIC),
-                v2.RandomCrop(args.size, pad_if_needed=True, fill=fill)]
-    crop = v2.Compose([*(crop if args.data else ()), v2.RandomHorizontalFlip()])
+        crop = v2.Compose([v2.RandomResize(args.size // 2, 2 * args.size, **BICUBIC),
+                           v2.RandomCrop(args.size, pad_if_needed=True, fill=fill),
+                           v2.RandomHorizontalFlip()])
+    crop = crop if args.data else v2.RandomHorizontalFlip()
     # A generator of its own: scoring leaves other randomness alone.
     loader = partial(DataLoader, num_workers=args.workers, pin_memory=device == "cuda",
                      collate_fn=by_shape, generator=torch.Generator(), worker_init_fn=leave_signals)
-    in_order = partial(loader, batch_size=args.batch_size)
+    in_order = partial(loader, batch_size=args.batch_size, pin_memory=False)    # caches are large
     print(f"{args.task}: {len(source)} images of {args.size} pixels, {len(val_source)} held out, "
           f"{len(classes)} classes, {'head alone' if args.freeze else 'head and backbone'}, "
           f"{device}, {dtype}")
@@ -644,7 +646,8 @@ def main(argv=None):
     rows, guesses, first = kept["rows"], kept["guesses"], len(kept["rows"])
 
     for i, spec in enumerate(args.weights[first:], first):
-        torch.compiler.reset()                          # each row compiles anew
+        found = items = draws = val = train = score_of = progress = optimizer = groups = None
+        torch.compiler.reset()                          # each row compiles and caches anew
         torch.manual_seed(args.seed)
         vit, file, stage = load_backbone(spec, args.from_scratch)
         torch.manual_seed(args.seed)                    # the same head for each row
@@ -671,9 +674,7 @@ def main(argv=None):
         if not args.freeze:
             groups.append(dict(params=list(vit.train().parameters()), lr=args.lr))
         optimizer = torch.optim.AdamW(groups, weight_decay=0.01)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(
-            optimizer, [group["lr"] for group in groups], max(args.steps, 10) + 1, pct_start=0.1,
-            cycle_momentum=False)
+        schedule = one_cycle(optimizer, args.steps)
         scaler = torch.amp.GradScaler(device, enabled=dtype == torch.float16)
         loss_of = task_loss                             # a head alone sees too many shapes
         if args.compile and not args.freeze:
@@ -681,8 +682,6 @@ def main(argv=None):
 
         facts = dict(task=args.task, classes=classes, ids=ids, size=args.size, frozen=args.freeze,
                      seed=args.seed, head_kind=args.head)
-        if i > first or not saved:
-            kept["best"] = -1.0
         progress = Progress(args, out, saved if i == first else None, mark, kept, head=head,
                             vit=nn.Identity() if args.freeze else vit, optimizer=optimizer,
                             schedule=schedule, scaler=scaler)
@@ -695,8 +694,7 @@ def main(argv=None):
             for step, batch in enumerate(train, progress.step + 1):
                 total = count = 0
                 for inputs, targets in batch:           # one shape each; of crops there is one
-                    inputs = inputs.to(device, non_blocking=True)
-                    targets = targets.to(device, non_blocking=True)
+                    inputs, targets = (x.to(device, non_blocking=True) for x in (inputs, targets))
                     part = loss_of(vit, head, inputs, targets, args.task, args.freeze, dtype)
                     total, count = total + part[0], count + part[1]
                 count = average([count.to(total.dtype)])[0]
@@ -704,15 +702,8 @@ def main(argv=None):
                 if args.align:
                     loss = loss + args.align * alignment(teacher, vit, inputs, dtype)
                 scaler.scale(loss).backward()
-                average(p.grad for group in groups for p in group["params"])
-                scaler.unscale_(optimizer)
-                for group in groups:
-                    nn.utils.clip_grad_norm_(group["params"], 1.0)
-                scaler.step(optimizer)
-                scaler.update()
-                row = dict(weights=spec, lr=schedule.get_last_lr()[-1])
-                schedule.step()
-                optimizer.zero_grad()
+                row = dict(weights=spec, lr=update(scaler, optimizer, schedule,
+                                                   [group["params"] for group in groups]))
                 if step % args.every == 0:
                     row["held_out"] = score_of()[0]
                     if row["held_out"] > kept["best"]:
@@ -726,21 +717,27 @@ def main(argv=None):
         score, per_class = score_of()
         per_class = {name: None if math.isnan(value) else value
                      for name, value in zip(classes, per_class)}
-        rows.append(dict(weights=spec, attention=vit.attention, stage=stage, score=score,
+        kept_softmax = f"+{vit.keep_softmax} softmax" * (vit.keep_softmax > 0)
+        rows.append(dict(weights=spec, attention=vit.attention + kept_softmax, stage=stage,
+                         score=score,
                          metric="mIoU" if segment else "top-1", kept_head=its_own,
                          held_out=len(val_source), per_class=per_class, steps=args.steps,
                          batch_size=args.batch_size, lr=args.lr, device=device, dtype=str(dtype),
                          seconds=progress.seconds, checkpoint=str(checkpoint), **facts))
+        kept["best"] = -1.0                             # of the next row
+        held_out = Draws(val_source, read, whole)
+        shown = [held_out[j][0] for j in range(min(6, len(held_out)))]
+        with torch.no_grad():                           # photo by photo: what one costs, a picture
+            look = lambda photo: logits_of(vit, head, photo[None].to(device), args.task, False,
+                                           dtype)
+            speed = 1e3 / min(timed(partial(look, shown[0][0]), device) for _ in range(3))
+            rows[-1] |= dict(images_per_s=speed, peak_mb=peak_memory(
+                partial(look, shown[0][0]), device))
+            if segment:
+                guesses.append((f"{spec}: {vit.attention}, mIoU {score:.1f}", [upsampled_classes(
+                    look(photo), mask.shape)[0].byte().cpu() for photo, mask in shown]))
         write_whole(out / "metrics.json", rows)
-        if segment:                                     # a picture of the first photos
-            held_out = Draws(val_source, read, whole)
-            shown = [held_out[j][0] for j in range(min(6, len(held_out)))]
-            guesses.append((f"{spec}: {vit.attention}, mIoU {score:.1f}", [
-                upsampled_classes(logits_of(vit, head, photo[None].to(device), args.task, False,
-                                            dtype).detach(), mask.shape)[0].byte().cpu()
-                for photo, mask in shown]))
 
-    progress.finish()
     if segment and RANK == 0:
         photos, masks = zip(*shown)
         picture(out / "segment.png", [("photo", photos), ("truth", masks), *guesses], classes, ids)
@@ -750,8 +747,11 @@ def main(argv=None):
             print(f"{name:24s} {id:3d}", *("      -" if x is None else f"{x:7.1f}" for x in found))
     print(f"\n{rows[0]['metric']} on {len(val_source)} held-out images, "
           f"{'frozen' if args.freeze else 'tuned'} backbone, seed {args.seed}")
+    print(f"{' score':7s} img/s     MB  attention   stage                weights")
     for row in rows:
-        print(f"{row['score']:6.2f}  {row['attention']:9s} {row['stage']:20s} {row['weights']}")
+        print(f"{row['score']:6.2f} {row['images_per_s']:6.2f} {row['peak_mb']:6.0f}  "
+              f"{row['attention']:11s} {row['stage']:20s} {row['weights']}")
+    progress.finish()
     print(f"wrote {out / 'metrics.json'}")
 
 

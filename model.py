@@ -29,6 +29,7 @@ import sys
 import time
 import zlib
 from collections import Counter, defaultdict
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
 from itertools import count, product
@@ -49,6 +50,9 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2.functional import pil_to_tensor
 from tqdm import tqdm
+
+
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))      # torchrun's
 
 
 class InputError(Exception):
@@ -456,6 +460,17 @@ class HubsReply(HTTPRedirectHandler):
     http_error_301 = http_error_303 = http_error_307 = http_error_308 = http_error_302
 
 
+@contextmanager
+def rank_0_first():
+    """What it downloads is there before the other processes of torchrun look."""
+    if dist.is_initialized() and RANK > 0:
+        dist.barrier()
+    yield
+    if dist.is_initialized() and RANK == 0:
+        dist.barrier()
+
+
+@rank_0_first()
 def download(name):
     """A known ViT's file, fetched once into torch.hub's folder, checked by sha256 and length."""
     repository = name.replace("_quickgelu", "")         # timm keeps one file for both activations
@@ -574,7 +589,8 @@ def load_vit(spec, attention=None):
 
 def linearize(model, attention="linear", keep_softmax=0):
     """A student: every weight copied, the operator swapped; the new one's parameters are fresh."""
-    student, same = ViT(model.arch, attention, keep_softmax), attention == model.attention
+    student = ViT(model.arch, attention, keep_softmax)
+    same = (attention, keep_softmax) == (model.attention, model.keep_softmax)
     kept = {name: t for name, t in model.state_dict().items() if same or ".operator." not in name}
     student.load_state_dict(student.state_dict() | kept)
     return student.to(next(model.parameters()).device).train(model.training)
@@ -591,6 +607,8 @@ def load_pair(teacher, student=None, attention=None, keep_softmax=0):
     for name, tensor in sorted(theirs.state_dict().items()):
         digest.update(name.encode() + tensor.numpy().tobytes())
     digest = digest.hexdigest()
+    if not 0 <= keep_softmax < theirs.arch.depth:
+        raise InputError(f"--keep-softmax {keep_softmax}: expected 0 to {theirs.arch.depth - 1}")
     if student is None:
         return theirs, linearize(theirs, attention or "linear", keep_softmax), digest
     ours = load_vit(student)
@@ -611,7 +629,7 @@ def write_whole(path, content):
     try:
         if callable(content):
             content(buffer := io.BytesIO())
-            content = buffer.getvalue()
+            content = buffer.getbuffer()
         elif not isinstance(content, bytes):
             content = json.dumps(content, indent=1, allow_nan=False).encode()
         part.write_bytes(content)
@@ -749,6 +767,7 @@ def find_images(folder):
     return sorted(str(path) for paths in by_folder.values() for path in paths)
 
 
+@rank_0_first()
 def open_set(name, root="data"):
     """One of torchvision's sets, downloaded to `root` on first use -> [training, held-out part]."""
     kind, argument, *parts = SETS[name]
@@ -831,9 +850,6 @@ def note_unread(messages, unread, listed):
 # --------------------------------------------------------------------------------------------------
 # Runs: flags, torchrun's processes, and the state from which a stopped run goes on
 
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))      # torchrun's
-
-
 def run_flags(flag, out):
     """The flags that say nothing of the method, the same in all stages."""
     flag("--workers", type=int, help="that load photos (default: up to 8 on a GPU, else 0)")
@@ -864,7 +880,7 @@ def complete(args, defaults, demo):
             raise InputError(f"--size {args.size}: the demo's images have {demo['size']} pixels, "
                              "--data names your own")
     if (min(args.steps, args.workers, args.save_every) < 0 or min(args.batch_size, args.every) < 1
-            or not 0 < args.lr < math.inf):
+            or args.lr is not None and not 0 < args.lr < math.inf):
         raise InputError(f"--steps {args.steps} --batch-size {args.batch_size} --lr {args.lr} "
                          f"--workers {args.workers} --every {args.every} --save-every "
                          f"{args.save_every}: expected --batch-size, --every and --lr above 0, the "
@@ -895,6 +911,9 @@ def autocast(device, dtype):
     return torch.autocast(device, dtype, enabled=dtype in (torch.bfloat16, torch.float16))
 
 
+bar = partial(tqdm, leave=False, delay=2, disable=RANK > 0)     # over what may take a while
+
+
 def widen(tensor):
     """To float32, in which losses are summed; float64 stays."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
@@ -913,15 +932,40 @@ def average(tensors):
     return tensors
 
 
+def update(scaler, optimizer, schedule, groups):
+    """One step after the backward, gradients averaged, then clipped group by group; -> its rate."""
+    average(p.grad for group in groups for p in group)
+    scaler.unscale_(optimizer)
+    for group in groups:
+        nn.utils.clip_grad_norm_(group, 1.0)
+    scaler.step(optimizer)
+    scaler.update()
+    rate = schedule.get_last_lr()[-1]
+    schedule.step()
+    optimizer.zero_grad()
+    return rate
+
+
+def one_cycle(optimizer, steps):
+    """Up to each group's rate in a tenth of the steps, then down to next to nothing."""
+    return torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, [group["lr"] for group in optimizer.param_groups], max(steps, 10) + 1,
+        pct_start=0.1, cycle_momentum=False)
+
+
+def views(size):
+    """Photos to squares: -> (a random crop, mirrored or not, for training; all of the middle)."""
+    return (v2.Compose([v2.RandomResizedCrop(size, (0.35, 1), **BICUBIC),
+                        v2.RandomHorizontalFlip()]),
+            v2.Compose([v2.Resize(size, **BICUBIC), v2.CenterCrop(size)]))
+
+
 def loaders(args, source, held_out, first, most=256):
     """Stages 1 and 2: -> (batches of the draws after step `first`, held-out batches in order).
 
     Of held-out photos `most` at the most: more do not change the second digit of a table.
     """
-    crop = v2.Compose([v2.RandomResizedCrop(args.size, (0.35, 1), **BICUBIC),
-                       v2.RandomHorizontalFlip()])
-    whole = v2.Compose([v2.Resize(args.size, **BICUBIC), v2.CenterCrop(args.size)])
-    crop, whole = (crop, whole) if args.data else (v2.Identity(), v2.Identity())
+    crop, whole = views(args.size) if args.data else (v2.Identity(), v2.Identity())
     read = partial(read_image, short=args.size)
     loader = partial(DataLoader, num_workers=args.workers, pin_memory=torch.cuda.is_available(),
                      worker_init_fn=leave_signals)
@@ -1032,8 +1076,8 @@ def leave_signals(_):
 class Progress:
     """A run on its way: log.jsonl, the bar, and OUT/state.pt, from which the same command goes on.
 
-    saved: what open_out found. kept: plain values that the end of the run needs. parts: what a step
-    changes, each with a state_dict. Used with `with`, around the loop over steps.
+    saved: what open_out found. kept: what else the end of the run needs: numbers, text, tensors.
+    parts: what a step changes, each with a state_dict. Used with `with`, around the loop.
     """
 
     def __init__(self, args, out, saved, read, kept, **parts):
@@ -1045,6 +1089,9 @@ class Progress:
                 part.load_state_dict(saved["parts"][name])
             self.step, self.seconds = saved["step"], saved["seconds"]
             self.log.truncate(min(saved["logged"], self.log.tell()))    # later lines: done again
+        for part in parts.values() if WORLD > 1 else ():                # all begin as rank 0 does
+            for tensor in part.state_dict().values() if isinstance(part, nn.Module) else ():
+                dist.broadcast(tensor, 0)
 
     def __enter__(self):
         self.start = time.perf_counter() - self.seconds
@@ -1057,7 +1104,7 @@ class Progress:
         return self
 
     def stop(self, number, _):
-        """The step is finished first. A second signal ends at once, but torchrun sends two."""
+        """The step is finished first. A second signal ends at once; torchrun's is ignored."""
         self.signal = number
         for each in self.before:
             signal.signal(each, signal.SIG_IGN if WORLD > 1 else signal.SIG_DFL)
@@ -1089,7 +1136,7 @@ class Progress:
         self.due = time.perf_counter() + self.args.save_every
         state = dict(read=self.read, step=self.step, seconds=self.seconds, kept=self.kept,
                      parts={name: part.state_dict() for name, part in self.parts.items()},
-                     logged=self.log.tell())
+                     logged=self.log.seek(0, os.SEEK_END))
         write_whole(self.out / "state.pt", partial(torch.save, state))
 
     def __exit__(self, kind, *_):
@@ -1108,22 +1155,24 @@ class Progress:
         """The run is over and its files are written: no state is needed. Draws the log's curves."""
         if RANK > 0:                                    # it may be over before rank 0 has written
             return
-        (self.out / "state.pt").unlink(missing_ok=True)
         try:
             from matplotlib.figure import Figure
+            rows = [json.loads(line) for line in open(self.out / "log.jsonl")]
         except ModuleNotFoundError:
-            return
-        rows = [json.loads(line) for line in open(self.out / "log.jsonl")]
-        figure = Figure(figsize=(8, 4), layout="constrained")
-        axes = figure.subplots(1, 2)
-        for key, axis in zip(("loss", "held_out"), axes):
-            for name in dict.fromkeys(row.get("weights") for row in rows):
+            rows = []
+        if rows:
+            figure = Figure(figsize=(8, 4), layout="constrained")
+            axes = figure.subplots(1, 2)
+            names = dict.fromkeys(row.get("weights") for row in rows)
+            for (key, axis), name in product(zip(("loss", "held_out"), axes), names):
                 curve = [(row["step"], row[key]) for row in rows
                          if key in row and row.get("weights") == name]
                 axis.plot(*zip(*curve), label=name, linewidth=1)
-            axis.set(xlabel="step", title=key.replace("_", " "))
-        if rows:
+                axis.set(xlabel="step", title=key.replace("_", " "))
+            if any(names):                              # stage 3: a curve for each of --weights
+                axes[0].legend(fontsize=6)
             write_whole(self.out / "curves.png", partial(figure.savefig, dpi=100))
+        (self.out / "state.pt").unlink(missing_ok=True)
 
 
 def run(main):

@@ -119,7 +119,8 @@ def test_rows(files, chain, tmp_path):
     assert [row["weights"] for row in rows] == weights and [row["stage"] for row in rows] == stages
     assert [row["attention"] for row in rows] == ["softmax", "linear", "linear", "linear"]
     table = [line.split() for line in printed.splitlines()[-5:-1]]
-    assert [(line[2], line[3]) for line in table] == list(zip(stages, weights))
+    assert [(line[4], line[5]) for line in table] == list(zip(stages, weights))
+    assert all(row["images_per_s"] > 0 and row["peak_mb"] > 0 for row in rows)
     for i, row in enumerate(rows):
         vit, source = load_vit(row["checkpoint"]), load_vit(weights[i].removesuffix(":linear"))
         assert same(source, vit) and vit.attention == row["attention"]
