@@ -527,3 +527,17 @@ def test_imports_do_nothing(tmp_path):
     done = subprocess.run([sys.executable, "-c", code.format(finetune.__file__.rpartition("/")[0])],
                           cwd=tmp_path, capture_output=True)
     assert (done.returncode, done.stdout, list(tmp_path.iterdir())) == (0, b"", [])
+
+
+def test_blocks_that_keep_softmax_learn_nothing(files, tmp_path):
+    """In stage 1; the others learn as ever. A number that leaves no block is refused."""
+    flags = "--attention", "hedgehog", "--train", "operator", "--keep-softmax"
+    brief(align_attention, files, tmp_path / "one", *flags, 1)
+    teacher, student = load_vit(files / "teacher.safetensors"), student_of(tmp_path / "one")
+    start = linearize(teacher, "hedgehog", keep_softmax=1)
+    assert student.keep_softmax == 1 and same(linearize(student, "hedgehog", 1), student)
+    assert moved(start.state_dict(), student.state_dict()) == {
+        f"blocks.0.attn.operator.map_{x}" for x in "qk"}
+    assert report_of(tmp_path / "one")["after"][1] == 0
+    for number in (-1, 2):
+        assert "expected 0 to 1" in refusal(brief, align_attention, files, tmp_path, *flags, number)

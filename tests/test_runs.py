@@ -385,3 +385,18 @@ def test_torchrun(files, tmp_path):
                            *argv], capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("wrote ") == 1 == done.stdout.count("training all")
+
+
+def test_the_logs_length_is_saved_also_by_a_resume_that_takes_no_step(files, tmp_path, whole):
+    """Killed twice in scoring, with lines in the log that the state does not know of."""
+    out, kill = tmp_path / "out", lambda: os.kill(os.getpid(), signal.SIGKILL)
+    for _ in range(2):
+        Run(align_features, files, out, before=lambda: setattr(
+            align_features, "picture", lambda *args: kill())).wait()
+        with open(out / "log.jsonl", "a") as log:
+            log.write('{"step": 99}\n')
+    length = torch.load(out / "state.pt", weights_only=True)["logged"]
+    (out / "log.jsonl").write_bytes((out / "log.jsonl").read_bytes()[:length])
+    assert [row["step"] for row in log_of(out)] == list(range(1, STEPS + 1))
+    assert Run(align_features, files, out).wait()[0] == 0
+    check_same(out, whole(align_features))
