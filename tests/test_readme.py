@@ -30,14 +30,12 @@ def commands():
     shell = [path.read_text() for path in (ROOT / "results").glob("*.sh")]
     texts = [*blocks, *shell, PAGES["demo/README.md"], *(m.__doc__ for m in SCRIPTS.values())]
     texts += re.findall(r"`(python \w+\.py[^`]*)`", "\n".join(PAGES.values()))
-    variables = {"$data": "--teacher T --data D", "$same": "", "$rows": "T S", "$seed": "0",
-                 "$dtype": "float32", "$flags": "", "$size": "224", "$ONE": "1", "$TWO": "1",
-                 "$head": "linear", "$students": "T S", "$rate": "1e-4"}
+    values = dict(data="--teacher T --data D", head="linear", dtype="float32", same="", flags="",
+                  teacher="--teacher T", rows="T S", students="T S")        # others: 1
     for line in "\n".join(texts).replace("\\\n", " ").splitlines():
-        for name, value in variables.items():
-            line = line.replace(name, value)
+        line = re.sub(r"\$(\(\(.*?\)\)|\w+)", lambda name: values.get(name[1], "1"), line)
         for part in line.split("&&"):
-            if match := re.match(r" *python (\w+\.py.*)", part):
+            if match := re.match(r"(?: *unless \S+)? *python (\w+\.py.*)", part):
                 yield " ".join(shlex.split(match[1], comments=True))
 
 
