@@ -44,17 +44,10 @@ def parse(argv):
          help="what is tuned: query, key and value (the paper's), the operator's own parameters, "
          "the output projection (default: all three)")
     flag("--data", nargs="+", help="folders of images, or torchvision sets (default: the demo's)")
-    flag("--size", type=int, help="pixels, a multiple of the patch (default: the weights' native)")
-    flag("--steps", type=int, help=f"(default: {DEFAULTS['steps']}, demo: {DEMO['steps']})")
-    flag("--batch-size", type=int,
-         help=f"(default: {DEFAULTS['batch_size']}, demo: {DEMO['batch_size']})")
     flag("--lr", type=float, default=3e-3,
          help="peak learning rate (default: 3e-3; give 1e-2 with --train operator)")
-    run_flags(flag, "runs/attention")
-    args = complete(parser.parse_args(argv), DEFAULTS, DEMO)
-    if args.teacher is None:
-        raise InputError("--teacher is missing: with --data, name the softmax ViT to imitate")
-    return args
+    run_flags(flag, "runs/attention", DEFAULTS, DEMO)
+    return complete(parser.parse_args(argv), DEFAULTS, DEMO)
 
 
 def block_alignment(teacher, student, x, grid, dtype=torch.float32):

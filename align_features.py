@@ -23,9 +23,9 @@ from torch.utils.data import DataLoader
 from torchvision.utils import save_image
 
 from demo.shapes import Shapes
-from model import ATTENTION, RANK, InputError, Progress, autocast, average, bar, complete
-from model import device_and_dtype, fingerprint, load_pair, loaders, note_unread, one_cycle
-from model import open_out, run, run_flags, save_vit, unlabelled, update, widen, write_whole
+from model import ATTENTION, RANK, Progress, autocast, average, bar, complete, device_and_dtype
+from model import fingerprint, load_pair, loaders, note_unread, one_cycle, open_out, run, run_flags
+from model import save_vit, unlabelled, update, widen, write_whole
 
 DEFAULTS = dict(steps=5000, batch_size=32, lr=5e-5)
 DEMO = dict(teacher="demo/teacher.safetensors", size=64, steps=150, batch_size=64, lr=5e-4)
@@ -37,7 +37,6 @@ def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     flag = parser.add_argument
-    both = lambda key: f"(default: {DEFAULTS[key]}, demo: {DEMO[key]})"
     flag("--teacher", help="softmax ViT to imitate: a known name, a file of ours or NAME=FILE "
          f"(demo: {DEMO['teacher']})")
     flag("--student", help=f"stage 1's (default: the teacher, swapped; demo: {STAGE_1})")
@@ -47,17 +46,12 @@ def parse(argv):
     flag("--loss", choices=LOSS, default="whitened",
          help="of final tokens (default: whitened; the paper's: mse)")
     flag("--data", nargs="+", help="folders of images, or torchvision sets (default: the demo's)")
-    flag("--size", type=int, help="pixels, a multiple of the patch (default: the weights' native)")
-    flag("--steps", type=int, help=both("steps"))
-    flag("--batch-size", type=int, help=both("batch_size"))
-    flag("--lr", type=float, help=f"peak, the lower the better stage 1 was {both('lr')}")
-    run_flags(flag, "runs/features")
+    flag("--lr", type=float, help="peak, the lower the better stage 1 was (default: "
+         f"{DEFAULTS['lr']}, demo: {DEMO['lr']})")
+    run_flags(flag, "runs/features", DEFAULTS, DEMO)
     args = parser.parse_args(argv)
     from_stage_1 = {} if args.attention else dict(student=STAGE_1)
-    args = complete(args, DEFAULTS, DEMO | from_stage_1)
-    if args.teacher is None:
-        raise InputError("--teacher is missing: with --data, name the softmax ViT to imitate")
-    return args
+    return complete(args, DEFAULTS, DEMO | from_stage_1)
 
 
 def mse(student, teacher, whiten):

@@ -70,18 +70,12 @@ def parse(argv):
     flag("--head", choices=HEADS, help="to segment (default: a checkpoint's own, else linear)")
     flag("--ignore", type=int, nargs="+", help="ids in masks that count nowhere, -1 for none "
          f"(default: {IGNORE} and the layout's)")
-    flag("--size", type=int, help="pixels, a multiple of the patch (default: a checkpoint's own, "
-         "else the weights' native)")
-    flag("--steps", type=int,
-         help=f"0 only scores (default: {DEFAULTS['steps']}, demo: {DEMO['steps']})")
-    flag("--batch-size", type=int, help=f"(default: {DEFAULTS['batch_size']}, demo: "
-         f"{DEMO['batch_size']}, with --predict {PREDICT['batch_size']})")
     flag("--lr", type=float, help=f"peak, {HEAD_LR} times that for the head (default: 1e-4; 3e-3 "
          "where a linear head to segment is all that is trained)")
     flag("--align", type=float, default=0.0, metavar="W", help="keep stage 1's loss against "
          "--teacher, this much of it, while the backbone is tuned (default: 0)")
     flag("--teacher", help="the softmax ViT for --align (default: none)")
-    run_flags(flag, "runs/finetune")
+    run_flags(flag, "runs/finetune", DEFAULTS, DEMO)
     args = parser.parse_args(argv)
     if args.predict and args.out == parser.get_default("out"):
         args.out = "runs/predict"

@@ -850,8 +850,13 @@ def note_unread(messages, unread, listed):
 # --------------------------------------------------------------------------------------------------
 # Runs: flags, torchrun's processes, and the state from which a stopped run goes on
 
-def run_flags(flag, out):
+def run_flags(flag, out, defaults, demo):
     """The flags that say nothing of the method, the same in all stages."""
+    flag("--size", type=int, help="pixels, a multiple of the patch (default: a checkpoint's own, "
+         "else the weights' native)")
+    for key in ("steps", "batch_size"):
+        flag(f"--{key.replace('_', '-')}", type=int,
+             help=f"(default: {defaults[key]}, demo: {demo[key]})")
     flag("--workers", type=int, help="that load photos (default: up to 8 on a GPU, else 0)")
     flag("--dtype", choices=("auto", "float64", "float32", "bfloat16", "float16"), default="auto",
          help="of autocast (default: auto, bfloat16 where the machine has it, float16 on older "
@@ -870,6 +875,8 @@ def complete(args, defaults, demo):
     for key, value in (defaults if args.data else demo).items():
         if getattr(args, key) is None:
             setattr(args, key, value)
+    if "teacher" in demo and args.teacher is None:
+        raise InputError("--teacher is missing: with --data, name the softmax ViT to imitate")
     if args.workers is None:
         args.workers = min(8, os.cpu_count() or 1) if torch.cuda.is_available() else 0
     if args.every is None:
