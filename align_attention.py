@@ -6,12 +6,12 @@ own parameters, are tuned until its output matches the teacher's. No labels.
 
     python align_attention.py                                   # the demo, a minute on a CPU
     python align_attention.py --teacher vit_small_patch14_dinov2 --data photos/ --size 224
-    python align_attention.py --attention hedgehog --train operator --lr 1e-2       # LoLCATS
+    python align_attention.py --attention hedgehog --train operator --lr 1e-2       # LoLCATS' maps
     torchrun --nproc-per-node 8 align_attention.py ...          # --batch-size is of all together
 
 Reads the teacher's weights and images; writes to --out: student.safetensors, log.jsonl (the loss of
 every block at every step), report.json (the table printed at the end), attention.png (where teacher
-and student look) and curves.png. Stopped by Ctrl-C or worse, the same command goes on.
+and student look) and curves.png. If it is stopped (Ctrl-C, kill -9), the same command goes on.
 """
 import argparse
 from functools import partial
@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torchvision.utils import save_image
 
-from align_features import compare, whitening
+from align_features import compare, whitening           # for the report at the end, see stage 2
 from demo.shapes import Shapes
 from model import ATTENTION, RANK, InputError, Progress, autocast, average, bar, complete
 from model import device_and_dtype, fingerprint, load_pair, loaders, note_unread, one_cycle
@@ -36,7 +36,8 @@ def parse(argv):
     flag = parser.add_argument
     flag("--teacher", help="softmax ViT to imitate: a known name, a file of ours or NAME=FILE "
          f"(demo: {DEMO['teacher']})")
-    flag("--student", help="one of this teacher to go on with (default: the teacher, swapped)")
+    flag("--student", help="a student of this teacher to train further (default: the teacher, "
+         "swapped)")
     flag("--attention", choices=ATTENTION, help="the student's operator (default: linear)")
     flag("--keep-softmax", type=int, default=0, help="this many last blocks keep softmax, "
          "O(N^2) (default: 0, all are linear)")
@@ -82,9 +83,9 @@ GROUPS = {                                  # what --train takes: tensors of a b
 
 
 def trained_parameters(student, groups):
-    """Freeze all but these GROUPS; -> a list of what is left for every block."""
+    """Freeze all but these GROUPS; -> for each changed block, its trained ones."""
     student.requires_grad_(False)
-    changed = student.blocks[:len(student.blocks) - student.keep_softmax]   # others are exact
+    changed = student.blocks[:len(student.blocks) - student.keep_softmax]   # others are softmax
     by_block = [[p for name in dict.fromkeys(groups) for p in GROUPS[name](block).parameters()]
                 for block in changed]
     if not any(by_block):
@@ -192,7 +193,7 @@ def main(argv=None):
     schedule = one_cycle(optimizer, args.steps)
     align = torch.compile(block_alignment, fullgraph=True) if args.compile else block_alignment
     train, held_out = loaders(args, source, held_out, saved["step"] if saved else 0)
-    few = next(iter(held_out))[0]           # a few held-out images, for curves and pictures
+    few = next(iter(held_out))[0]           # one held-out batch, for curves and the picture
     queries = [grid[0] * n // 8 * grid[1] + grid[1] * n // 8 for n in (2, 4, 6)]
     maps = partial(attention_maps, teacher, images=few[:2].to(device), queries=queries)
 

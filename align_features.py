@@ -46,7 +46,7 @@ def parse(argv):
     flag("--loss", choices=LOSS, default="whitened",
          help="of final tokens (default: whitened; the paper's: mse)")
     flag("--data", nargs="+", help="folders of images, or torchvision sets (default: the demo's)")
-    flag("--lr", type=float, help="peak, the lower the better stage 1 was (default: "
+    flag("--lr", type=float, help="peak learning rate; the better stage 1 was, the lower (default: "
          f"{DEFAULTS['lr']}, demo: {DEMO['lr']})")
     run_flags(flag, "runs/features", DEFAULTS, DEMO)
     args = parser.parse_args(argv)
@@ -68,8 +68,8 @@ def cosine(student, teacher, whiten):
 def whitened(student, teacher, whiten):
     """Squared error in which all directions of the teacher's tokens weigh alike.
 
-    One direction of DINOv2's tokens holds half of their variance, and with it of the other losses;
-    heads read the small ones.
+    One direction holds half of the variance of DINOv2's tokens, so it dominates mse and cosine;
+    heads read the small directions, too.
     """
     return ((student - teacher) @ whiten).square().mean()
 
@@ -114,7 +114,7 @@ def compare(teacher, student, batches, whiten, device, dtype, note=lambda _: Non
     better than a constant.
     """
     prefix, cls, patches = teacher.arch.prefix, [], []
-    sums = torch.zeros(2, 2, dtype=torch.float64, device=device)            # (plain, whitened), ...
+    sums = torch.zeros(2, 2, dtype=torch.float64, device=device)    # plain, whitened; error, energy
     for images, messages in bar(batches, "tokens"):
         note(messages)                      # of photos that could not be read
         images = teacher.normalize(images.to(device))
@@ -210,8 +210,8 @@ def main(argv=None):
     shown = held_out.dataset                # eight of them, from all over the set
     places = range(0, len(shown), math.ceil(len(shown) / 8))
     images = torch.stack([shown[i][0] for i in places])
-    if RANK == 0 and len(images) * (args.size // teacher.arch.patch) ** 2 > 3:      # three axes
-        picture(teacher, student, images.to(device), out / "features.png")          # need 4 patches
+    if RANK == 0 and len(images) * (args.size // teacher.arch.patch) ** 2 > 3:      # 3 axes need 4
+        picture(teacher, student, images.to(device), out / "features.png")
     progress.finish()
     print(f"wrote {out / 'student.safetensors'}")
 

@@ -178,7 +178,7 @@ def pairs(data, part, photos, masks, ends=("", ""), listed=None, **_):
 
 
 def by_layout(data):
-    """-> training pairs, held-out pairs, class names of id 0, 1, ..., ids to ignore."""
+    """-> training pairs, held-out pairs, names of id 0, 1, ..., the row of LAYOUTS that fits."""
     fits = [name for name, row in LAYOUTS.items() if all(
         Path(data, row[key].format(part)).is_dir() for key in ("photos", "masks")
         for part in row.get("parts", PARTS))]
@@ -435,8 +435,8 @@ def task_loss(vit, head, inputs, targets, task, frozen, dtype=torch.float32):
 
 
 def alignment(teacher, vit, images, dtype):
-    """Stage 1's loss, mean of all blocks, while the backbone is tuned for a task ("Copy the same,
-    distill the difference": what softmax attends to stays, the rest is free to change)."""
+    """Stage 1's loss, mean of all blocks, while the backbone is tuned for a task (as in
+    "Copy the same, distill the difference": what softmax attends to stays)."""
     (x, grid), losses = embed(teacher, images, dtype), []
     for theirs, ours in zip(teacher.blocks, vit.blocks):
         x, error, scale = block_alignment(theirs, ours, x, grid, dtype)
@@ -640,6 +640,7 @@ def main(argv=None):
     rows, guesses, first = kept["rows"], kept["guesses"], len(kept["rows"])
 
     for i, spec in enumerate(args.weights[first:], first):
+        # free the row before: its caches, network and optimizer
         found = items = draws = val = train = score_of = progress = optimizer = groups = None
         torch.compiler.reset()                          # each row compiles and caches anew
         torch.manual_seed(args.seed)
@@ -670,8 +671,8 @@ def main(argv=None):
         optimizer = torch.optim.AdamW(groups, weight_decay=0.01)
         schedule = one_cycle(optimizer, args.steps)
         scaler = torch.amp.GradScaler(device, enabled=dtype == torch.float16)
-        loss_of = task_loss                             # a head alone sees too many shapes
-        if args.compile and not args.freeze:
+        loss_of = task_loss
+        if args.compile and not args.freeze:            # frozen: each of many shapes would compile
             loss_of = torch.compile(task_loss, fullgraph=True)
 
         facts = dict(task=args.task, classes=classes, ids=ids, size=args.size, frozen=args.freeze,

@@ -82,7 +82,7 @@ class EluPlusOne(torch.autograd.Function):
     queries and keys far below 0 attend to all alike, the mean of V, and never divide 0 by 0.
 
     Adding 1 to F.elu would round to 0 in bfloat16 below -6. The slope, min(phi, 1), is written out:
-    autograd's takes 8 to 12 % of a training step (CPU, results/README.md).
+    with autograd's, a training step takes 8 to 9 % longer (CPU, results/README.md).
     """
 
     @staticmethod
@@ -169,8 +169,9 @@ class LinearConv(Operator):
         _, H, N, D = v.shape
         prefix = N - grid[0] * grid[1]
         x = v[:, :, prefix:].transpose(1, 2).flatten(2)                     # (B,H,N,D) -> (B,N,C)
-        x = x.mT.unflatten(2, grid)                     # -> (B,C,rows,columns), in memory C is last
-        x = self.conv(x.contiguous(memory_format=torch.channels_last))      # said, or B = 1 is slow
+        x = x.mT.unflatten(2, grid)                     # (B,N,C) -> (B,C,rows,columns), a view
+        # In memory C is last already; PyTorch does not see that at B = 1, and is slow, if not told.
+        x = self.conv(x.contiguous(memory_format=torch.channels_last))
         x = x.flatten(2).mT.unflatten(2, (H, D)).transpose(1, 2)            # -> (B,H,N,D)
         out = linear_attention(q, k, v)
         out[:, :, prefix:].add_(x)                      # in place: fresh memory costs a CPU time
@@ -462,7 +463,7 @@ class HubsReply(HTTPRedirectHandler):
 
 @contextmanager
 def rank_0_first():
-    """What it downloads is there before the other processes of torchrun look."""
+    """Other processes of torchrun wait until rank 0 is through, and find its download on disk."""
     if dist.is_initialized() and RANK > 0:
         dist.barrier()
     yield
@@ -555,7 +556,8 @@ def load_vit(spec, attention=None):
     """A pretrained ViT or a student of ours, on the CPU, float32, in eval mode.
 
     spec: a name in KNOWN (timm's, without tag the first; downloaded once), a file that save_vit
-    wrote, or NAME=FILE for anybody else's: shapes fix neither activation, eps, mean nor positions.
+    wrote, or NAME=FILE for anybody else's: tensors do not tell activation, eps, pixel mean or the
+    rule of positions.
     attention: a name in ATTENTION; None keeps the file's, softmax where it says nothing.
     Raises InputError: not readable; any tensor missing, unexpected, mis-shaped, integer or NaN.
     """
@@ -588,7 +590,10 @@ def load_vit(spec, attention=None):
 
 
 def linearize(model, attention="linear", keep_softmax=0):
-    """A student: every weight copied, the operator swapped; the new one's parameters are fresh."""
+    """A student: every weight copied, the operator swapped; the new one's parameters are fresh.
+
+    What keeps softmax is what this call says, not what the model kept.
+    """
     student = ViT(model.arch, attention, keep_softmax)
     same = (attention, keep_softmax) == (model.attention, model.keep_softmax)
     kept = {name: t for name, t in model.state_dict().items() if same or ".operator." not in name}
@@ -852,15 +857,16 @@ def note_unread(messages, unread, listed):
 
 def run_flags(flag, out, defaults, demo):
     """The flags that say nothing of the method, the same in all stages."""
-    flag("--size", type=int, help="pixels, a multiple of the patch (default: a checkpoint's own, "
-         "else the weights' native)")
+    flag("--size", type=int, help="pixels, a multiple of the patch (default: that of a fine-tuned "
+         "checkpoint, else the weights' native)")
     for key in ("steps", "batch_size"):
         flag(f"--{key.replace('_', '-')}", type=int,
              help=f"(default: {defaults[key]}, demo: {demo[key]})")
-    flag("--workers", type=int, help="that load photos (default: up to 8 on a GPU, else 0)")
+    flag("--workers", type=int, help="processes that load photos (default: up to 8 on a "
+         "GPU, else 0)")
     flag("--dtype", choices=("auto", "float64", "float32", "bfloat16", "float16"), default="auto",
          help="of autocast (default: auto, bfloat16 where the machine has it, float16 on older "
-         "GPUs, else float32); float64 is of everything")
+         "GPUs, else float32); float64: weights and all computation")
     flag("--compile", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available(),
          help="torch.compile (default: on a GPU)")
     flag("--seed", type=int, default=0, help="of photos, crops, flips and heads (default: 0)")
@@ -928,7 +934,7 @@ def widen(tensor):
 
 @torch.no_grad()
 def average(tensors):
-    """Put the mean over torchrun's processes in place of each tensor; -> the tensors."""
+    """Put the mean over torchrun's processes in each tensor's place; -> those that are not None."""
     tensors = [tensor for tensor in tensors if tensor is not None]
     if WORLD > 1:
         flat = torch.cat([tensor.flatten() for tensor in tensors])
@@ -940,7 +946,10 @@ def average(tensors):
 
 
 def update(scaler, optimizer, schedule, groups):
-    """One step after the backward, gradients averaged, then clipped group by group; -> its rate."""
+    """One step after the backward, gradients averaged, then clipped group by group.
+
+    -> the learning rate that the last group had.
+    """
     average(p.grad for group in groups for p in group)
     scaler.unscale_(optimizer)
     for group in groups:
@@ -970,7 +979,7 @@ def views(size):
 def loaders(args, source, held_out, first, most=256):
     """Stages 1 and 2: -> (batches of the draws after step `first`, held-out batches in order).
 
-    Of held-out photos `most` at the most: more do not change the second digit of a table.
+    At most `most` held-out photos are used: more change no table's second digit.
     """
     crop, whole = views(args.size) if args.data else (v2.Identity(), v2.Identity())
     read = partial(read_image, short=args.size)
@@ -1011,9 +1020,9 @@ def hold(mark, out):
 def open_out(args, inputs, read=""):
     """Make the folder --out, or find the state of a stopped run in it: -> (folder, state or None).
 
-    After all checks and before training. Nothing in it is ever replaced: one that is, holds or lies
-    in any of `inputs`, which this run reads, is refused, and so is one that no run of ours wrote;
-    an earlier run moves to OUT-1, OUT-2, ..., unless it was stopped and had the same arguments.
+    Called after all checks, before training. Nothing is ever overwritten: refused is a folder that
+    is, holds or lies in one of `inputs`, or that no run of ours wrote; what an earlier run wrote
+    moves to OUT-1, OUT-2, ..., unless that run was stopped and had the same arguments.
     read: fingerprint of what is read; a state is refused if that has changed since.
     """
     out = Path(os.path.realpath(args.out))
@@ -1096,8 +1105,9 @@ class Progress:
                 part.load_state_dict(saved["parts"][name])
             self.step, self.seconds = saved["step"], saved["seconds"]
             self.log.truncate(min(saved["logged"], self.log.tell()))    # later lines: done again
-        for part in parts.values() if WORLD > 1 else ():                # all begin as rank 0 does
-            for tensor in part.state_dict().values() if isinstance(part, nn.Module) else ():
+        if WORLD > 1:                                   # all processes begin as rank 0 does
+            modules = [part for part in parts.values() if isinstance(part, nn.Module)]
+            for tensor in nn.ModuleList(modules).state_dict().values():
                 dist.broadcast(tensor, 0)
 
     def __enter__(self):

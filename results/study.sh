@@ -41,10 +41,10 @@ for seed in "$@"; do
   students="$students $out/linear-2/student.safetensors"
   for size in $SIZES; do
     unless $out/classify-$size/metrics.json python finetune.py --task classify --data $PROBE \
-      --size $size --freeze --steps 1000 --lr 3e-4 --weights $students $same --out $out/classify-$size
+      --size $size --freeze --steps 1000 --every 1000 --lr 3e-4 --weights $students $same --out $out/classify-$size
     for head in $HEADS; do
       unless $out/segment-$size-$head/metrics.json python finetune.py --task segment --data $VOC \
-        --size $size --freeze --head $head --steps 400 --weights $students $same \
+        --size $size --freeze --head $head --steps 400 --every 400 --weights $students $same \
         --out $out/segment-$size-$head
     done
   done

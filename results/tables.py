@@ -104,7 +104,38 @@ def against_timm(device):
                  [[*point, times(value[(*point, "ours")]), times(value[(*point, "ours, linear")])] for point in points])
 
 
-TABLES = (short, gains, memory, operator, choices, training, loading, against_timm)
+NAMES = {"linear-1": "linear, stage 1", "linear-12": "linear, stages 1 + 2", "linear_conv-1": "linear_conv, stage 1",
+         "linear_conv-12": "linear_conv, stages 1 + 2", "linear_conv-12-448": "the same, last part at 448 pixels"}
+MEASURES = {"photos": "photos seen", "cls_cosine": "CLS cosine", "patch_cosine": "patch cosine", "whitened_error": "whitened error",
+            "top-1 224": "top-1, 224 px", "mIoU 224, linear head": "mIoU, 224 px", "mIoU 448, linear head": "mIoU, 448 px",
+            "mIoU 224, mask head": "mIoU, 224 px, mask head"}
+
+
+def study(device, measures=tuple(MEASURES)):
+    """The real-weights rows of study.csv; a score with its share of the teacher's."""
+    value = {}
+    for row in read("study.csv"):
+        value.setdefault(row["row"], {})[row["column"]] = float(row["mean"])
+
+    def cell(row, key):
+        found, best = value[row].get(key), value["teacher"].get(key)
+        if found is None:
+            return "-"
+        if best and row != "teacher":
+            return f"{found:.1f} ({100 * found / best:.0f} %)"
+        return f"{found:,.0f}" if key == "photos" else f"{found:.3f}" if found < 2 else f"{found:.1f}"
+
+    order = ["teacher", "no alignment", *NAMES, *(row for row in value if row not in {"teacher", "no alignment", *NAMES})]
+    return table(["frozen backbone", *(MEASURES[key] for key in measures)],
+                 [[NAMES.get(row, row), *(cell(row, key) for key in measures)] for row in order if row in value])
+
+
+def study_short(device):
+    """README's."""
+    return study(device, ("photos", "cls_cosine", "patch_cosine", "top-1 224", "mIoU 224, linear head", "mIoU 448, linear head"))
+
+
+TABLES = (study_short, study, short, gains, memory, operator, choices, training, loading, against_timm)
 
 if __name__ == "__main__":
     for make in TABLES:
