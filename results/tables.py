@@ -87,9 +87,9 @@ def short(device):
 
 
 def training(device):
-    return table(["ViT-S/14, 224 pixels, batch 8", "in teacher forwards", "images/s", "peak MB"],
-                 [[row["name"], times(row["ratio"]), f"{float(row['images_per_s']):.1f}", f"{float(row['peak_mb']):,.0f}"]
-                  for row in read(f"bench-{device}-train-float32-{mode(device)}-quick.csv")])
+    return table(["ViT-S/14, 224 pixels, batch 8", "dtype", "in teacher forwards", "images/s", "peak MB"],
+                 [[row["name"], row["dtype"], times(row["ratio"]), f"{float(row['images_per_s']):.1f}", f"{float(row['peak_mb']):,.0f}"]
+                  for dtype in ("float32", "bfloat16") for row in read(f"bench-{device}-train-{dtype}-{mode(device)}-quick.csv")])
 
 
 def loading(device):
@@ -106,12 +106,12 @@ def against_timm(device):
 
 NAMES = {"linear-1": "linear, stage 1", "linear-12": "linear, stages 1 + 2", "linear_conv-1": "linear_conv, stage 1",
          "linear_conv-12": "linear_conv, stages 1 + 2", "linear_conv-12-448": "the same, last part at 448 pixels"}
-MEASURES = {"photos": "photos seen", "cls_cosine": "CLS cosine", "patch_cosine": "patch cosine", "whitened_error": "whitened error",
-            "top-1 224": "top-1, 224 px", "mIoU 224, linear head": "mIoU, 224 px", "mIoU 448, linear head": "mIoU, 448 px",
+MEASURES = {"photos": "photos in the last stage", "cls_cosine": "CLS cosine", "patch_cosine": "patch cosine", "whitened_error": "whitened error",
+            "top-1 224": "top-1, 224 px", "mIoU 224, linear head": "mIoU, 224 px", "mIoU 448, linear head": "mIoU, 448 px, the head of 224 px",
             "mIoU 224, mask head": "mIoU, 224 px, mask head"}
 
 
-def study(device, measures=tuple(MEASURES)):
+def study(device, measures=tuple(MEASURES), left_out=()):
     """The real-weights rows of study.csv; a score with its share of the teacher's."""
     value = {}
     for row in read("study.csv"):
@@ -127,15 +127,24 @@ def study(device, measures=tuple(MEASURES)):
 
     order = ["teacher", "no alignment", *NAMES, *(row for row in value if row not in {"teacher", "no alignment", *NAMES})]
     return table(["frozen backbone", *(MEASURES[key] for key in measures)],
-                 [[NAMES.get(row, row), *(cell(row, key) for key in measures)] for row in order if row in value])
+                 [[NAMES.get(row, row), *(cell(row, key) for key in measures)] for row in order if row in value and row not in left_out])
 
 
 def study_short(device):
     """README's."""
-    return study(device, ("photos", "cls_cosine", "patch_cosine", "top-1 224", "mIoU 224, linear head", "mIoU 448, linear head"))
+    return study(device, ("top-1 224", "mIoU 224, linear head", "mIoU 448, linear head"), ["linear_conv-12-448"])
 
 
-TABLES = (study_short, study, short, gains, memory, operator, choices, training, loading, against_timm)
+def demo(device):
+    """README's: top-1 of the demo's rows, over its seeds."""
+    rows = [row for row in read("demo.csv") if "top-1" in row["column"]]
+    names = {"teacher": "teacher (softmax)", "none": "no alignment", "one": "stage 1", "one-two": "stage 1 + 2"}
+    return table(["row", f"top-1, mean (range) of {rows[0]['seeds']} seeds"], [
+        [names.get(row["row"], row["row"]), "{:.1f} ({:.1f} to {:.1f})".format(*(float(row[key]) for key in ("mean", "lowest", "highest")))]
+        for row in rows])
+
+
+TABLES = (demo, study_short, study, short, gains, memory, operator, choices, training, loading, against_timm)
 
 if __name__ == "__main__":
     for make in TABLES:
