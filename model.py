@@ -915,7 +915,8 @@ def device_and_dtype(name):
         native = torch.cuda.is_bf16_supported(including_emulation=False)
         name = "bfloat16" if native else "float16"
     elif name == "auto":
-        name = "bfloat16" if torch.cpu._is_avx512_bf16_supported() else "float32"
+        native = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()        # no public name yet
+        name = "bfloat16" if native else "float32"
     return device, getattr(torch, name)
 
 
