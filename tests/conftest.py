@@ -9,6 +9,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+os.environ["OMP_NUM_THREADS"] = "1"                     # before torch: forks with a pool hang
 import numpy as np
 import pytest
 import torch
