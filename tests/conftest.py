@@ -29,6 +29,11 @@ torch.set_num_threads(1)                                # small tensors: more th
 sys.modules["matplotlib.figure"] = None                 # curves take longer than the runs here
 
 
+def pytest_collection_modifyitems(items):
+    """Runs first: they fork, and a fork hangs once other tests have left threads behind."""
+    items.sort(key=lambda item: "test_runs.py" not in item.nodeid)
+
+
 def pytest_configure(config):
     config.option.reportchars += "s"                    # say at the end why tests were skipped
 
