@@ -13,7 +13,7 @@ Given a checkpoint of this script, training goes on with its head; --steps 0 sco
 Classify: train/CLASS/ and val/CLASS/, the middle square of a photo. Segment: a folder that one of
 LAYOUTS fits, an id a pixel in masks, classes.txt with names of id 0, 1, ... a line each. Photos
 keep their shape: the shorter side becomes --size, each side the nearest multiple of the patch; the
-score counts the masks' own pixels. A tuned backbone sees crops at 0.5 to 2 times that scale.
+score counts the masks' own pixels. There a tuned backbone sees crops at 0.5 to 2 times that.
 --head mask adds two blocks of the backbone's own attention, in which classes are tokens, too.
 Writes to --out: a checkpoint for each of --weights, metrics.json, log.jsonl; to segment
 segment.png; with --predict a mask of each photo's own size, and the photo with it laid over.
@@ -79,17 +79,19 @@ def parse(argv):
     args = parser.parse_args(argv)
     if args.predict and args.out == parser.get_default("out"):
         args.out = "runs/predict"
-    for name in ("task", "data", "steps", "head", "ignore", "freeze", "from_scratch"):
+    for name in ("task", "data", "steps", "head", "ignore", "freeze", "from_scratch", "lr", "align",
+                 "teacher", "every"):
         if args.predict and getattr(args, name) is not parser.get_default(name):
             raise InputError(f"--{name.replace('_', '-')} means nothing with --predict: it trains "
                              "and scores nothing; task, classes and head are the checkpoint's")
     args.task = args.task or "classify"
-    if args.head and args.task == "classify":
-        raise InputError(f"--head {args.head} is for --task segment")
+    if (args.head or args.ignore) and args.task == "classify":
+        raise InputError(f"--head {args.head} --ignore {args.ignore} are for --task segment")
     if args.weights is None and args.data is None and not args.predict:
         args.weights, args.freeze = ABLATION, not args.from_scratch
         print("demo:", "--freeze" * args.freeze, "--weights", *args.weights)
-    args = complete(args, *([PREDICT] * 2 if args.predict else [DEFAULTS, DEMO]))
+    defaults, demo = (PREDICT, PREDICT) if args.predict else (DEFAULTS, DEMO)
+    args = complete(args, defaults, demo)
     if args.weights is None or args.predict and len(args.weights) != 1:
         raise InputError("--weights: expected files to fine-tune, or one checkpoint to --predict "
                          f"with, found {args.weights}")
