@@ -379,9 +379,11 @@ def test_photos_of_any_shape(files, tuned, tmp_path):
 
 def test_flags_that_predict_has_no_use_for(tuned, tmp_path):
     for flag in (["--data", "x"], ["--task", "segment"], ["--steps", 0], ["--freeze"],
-                 ["--head", "mask"], ["--ignore", 3]):
+                 ["--head", "mask"], ["--ignore", 3], ["--lr", 1], ["--align", 1],
+                 ["--teacher", "x"], ["--every", 1]):
         assert flag[0] in refusal(call, finetune, "--weights", tuned["segment"], "--predict", "p",
                                   *flag, "--out", tmp_path / "out")
+    assert "--ignore" in refusal(finetune.parse, ["--weights", "x", "--ignore", "3"])
 
 
 def layout(top, photo, mask, names, ids=(0, 1, 255)):
