@@ -23,7 +23,7 @@ for seed in "$@"; do
   for row in $ROWS; do
     case $row in                              # what else a row trains, the defaults train
       linear-paper) flags="--attention linear --train qkv" ;;
-      hedgehog-maps) flags="--attention hedgehog --train operator --lr 1e-2" ;;
+      hedgehog-maps) flags="--attention hedgehog --train operator" ;;
       hedgehog-qkv) flags="--attention hedgehog --train operator qkv" ;;
       *-keep2) flags="--attention ${row%-keep2} --keep-softmax 2" ;;
       *) flags="--attention $row" ;;

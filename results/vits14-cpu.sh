@@ -11,7 +11,7 @@ for seed in "$@"; do
   out=runs/vits14-cpu/seed$seed
   data="--teacher $WEIGHTS --data $PHOTOS $VOC $same --seed $seed"
   python align_attention.py $data --steps 150 --out $out/one
-  python align_attention.py $data --steps 150 --lr 1e-2 --attention hedgehog --train operator --out $out/maps
+  python align_attention.py $data --steps 150 --attention hedgehog --train operator --out $out/maps
   python align_features.py --student $out/one/student.safetensors $data --steps 150 --lr 5e-5 --out $out/one-two
   python align_features.py --student $out/maps/student.safetensors $data --steps 150 --lr 5e-5 --out $out/maps-two
   python align_features.py $data --steps 300 --lr 2e-4 --out $out/two

@@ -5,6 +5,7 @@ what main() does and leaves behind. Bad input is test_inputs.py's, stopping test
 """
 import argparse
 import hashlib
+import json
 import math
 import shutil
 import subprocess
@@ -74,7 +75,8 @@ def tokens_again(files, out, student):
 # Stage 1
 
 def test_block_loss_is_the_squared_error_over_that_of_the_mean_of_v():
-    """Of block_alignment, written out with the N x N operators, in float64."""
+    """Of block_alignment, written out with the N x N operators, in float64; CLS and registers
+    together weigh a tenth of the patches."""
     teacher, student = random_vit().double(), random_vit(1, "linear").double()
     x, grid = embed(teacher, random_images(), torch.float64)
     ours, theirs, h = student.blocks[0].attn, teacher.blocks[0].attn, teacher.blocks[0].norm1(x)
@@ -83,8 +85,11 @@ def test_block_loss_is_the_squared_error_over_that_of_the_mean_of_v():
         (theirs, softmax_reference(q, k, v)), (theirs, v.mean(2, keepdim=True).expand_as(v)),
         (ours, linear_reference(*ours.project(h)))))
     _, wrong, scale = block_alignment(teacher.blocks[0], student.blocks[0], x, grid, torch.float64)
-    assert wrong.item() == pytest.approx((output - target).square().sum().item(), rel=1e-9)
-    assert scale.item() == pytest.approx((blind - target).square().sum().item(), rel=1e-9)
+    prefix = teacher.arch.prefix
+    weight = torch.tensor([0.1 * 16 / prefix] * prefix + [1] * 16, dtype=torch.float64)
+    for got, part in ((wrong, output), (scale, blind)):
+        expected = torch.einsum("bnc,bnc,n->", part - target, part - target, weight)
+        assert got.item() == pytest.approx(expected.item(), rel=1e-9)
     assert not scale.requires_grad and wrong.dtype == torch.float64
     _, _, scale = block_alignment(teacher.blocks[0], student.blocks[0], x[:, :1], (1, 1))
     assert scale == 1e-12                               # one token: the mean of V is exact
@@ -132,6 +137,17 @@ def test_stage_1_moves_exactly_what_it_should(files, tmp_path, mine, attention, 
     step(teacher.requires_grad_(False), student, random_images(), then=torch.Tensor.backward)
     graded = {name: p.grad for name, p in student.named_parameters() if p.grad is not None}
     assert graded.keys() == names and all(gradient.any() for gradient in graded.values())
+
+
+def test_an_operators_own_parameters_learn_five_times_as_fast(files, tmp_path):
+    """AdamW's first step is its rate, where the gradient is not tiny."""
+    teacher = load_vit(files / "teacher.safetensors").state_dict()
+    brief(align_attention, files, tmp_path, "--attention", "linear_conv", "--steps", 1)
+    change = {name: tensor.abs().max() if "conv" in name else (tensor - teacher[name]).abs().max()
+              for name, tensor in student_of(tmp_path).state_dict().items() if ".attn." in name}
+    rate, block = json.loads(open(tmp_path / "log.jsonl").readline())["lr"], "blocks.1.attn."
+    assert change[f"{block}operator.conv.weight"] == pytest.approx(5 * rate, rel=1e-3)
+    assert change[f"{block}qkv.weight"] == pytest.approx(rate, rel=1e-3)
 
 
 def test_an_operator_of_ones_own_goes_through_all_stages(files, tmp_path, mine):
