@@ -2,7 +2,7 @@
 
     python results/collect.py runs/study results/study
 
-Reads FOLDER/seed*/*/metrics.json (finetune.py) and FOLDER/seed*/*/report.json (stages 1 and 2).
+Reads FOLDER/seed*/**/metrics.json (finetune.py, heads.py) and FOLDER/seed*/*/report.json (stages 1 and 2).
 """
 import csv
 import json
@@ -14,8 +14,11 @@ FINAL = ("cls_cosine", "patch_cosine", "whitened_error")
 
 
 def name(weights):
-    """The row a weight file belongs to: its run's folder for a student, else teacher or no alignment."""
+    """The row a weight file belongs to: its run's folder for a student, else teacher or no alignment; heads.py's checkpoints
+    lie in ROW-HEAD-SEED."""
     path = Path(weights)
+    if path.stem == "0-segment":
+        return path.parent.name.rsplit("-", 2)[0].replace("no-alignment", "no alignment")
     return path.parent.name if path.stem == "student" else "no alignment" if ":" in path.name else "teacher"
 
 
@@ -27,9 +30,10 @@ def show(values):
 
 def main(folder, target):
     scores, extra = {}, {}
-    for file in sorted(Path(folder).glob("seed*/*/metrics.json")):
+    for file in sorted(Path(folder).glob("seed*/**/metrics.json")):
         for row in json.loads(file.read_text()):
             head = f", {row['head_kind']} head" if row["task"] == "segment" else ""
+            head += f" of {Path(row['weights']).parts[-3].split('-')[1]}" if row["kept_head"] else ""   # segment-SIZE
             column = f"{row['metric']} {row['size']}{head}" + ("" if row["frozen"] else ", tuned")
             scores.setdefault(name(row["weights"]), {}).setdefault(column, []).append(row["score"])
     for file in sorted(Path(folder).glob("seed*/*/report.json")):
