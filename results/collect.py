@@ -44,7 +44,7 @@ def main(folder, target):
             row.setdefault(key, []).append(value)
     if not scores:
         sys.exit(f"collect.py: {folder} holds no seed*/*/metrics.json: run the script of that name in results/ first")
-    table = {row: extra.get(row, {}) | columns for row, columns in scores.items()}
+    table = {row: extra.get(row, {}) | scores.get(row, {}) for row in dict.fromkeys([*scores, *extra])}
     columns = [*FINAL, *sorted({column for found in scores.values() for column in found})]
     with open(f"{target}.csv", "w", newline="") as out:
         writer = csv.writer(out, lineterminator="\n")

@@ -105,34 +105,60 @@ def against_timm(device):
 
 
 NAMES = {"linear-1": "linear, stage 1", "linear-12": "linear, stages 1 + 2", "linear_conv-1": "linear_conv, stage 1",
-         "linear_conv-12": "linear_conv, stages 1 + 2", "linear_conv-12-448": "the same, last part at 448 pixels"}
+         "linear_conv-12": "linear_conv, stages 1 + 2", "linear_conv-12-448": "the same, last part at 448 px"}
 MEASURES = {"photos": "photos in the last stage", "cls_cosine": "CLS cosine", "patch_cosine": "patch cosine", "whitened_error": "whitened error",
-            "top-1 224": "top-1, 224 px", "mIoU 224, linear head": "mIoU, 224 px", "mIoU 448, linear head": "mIoU, 448 px, the head of 224 px",
-            "mIoU 224, mask head": "mIoU, 224 px, mask head"}
+            "top-1 224": "top-1, 224 px", "mIoU 224, linear head": "mIoU, 224 px", "mIoU 224, mask head": "mIoU, 224 px, mask head",
+            "mIoU 448, linear head of 224": "448 px, head of 224", "mIoU 448, linear head": "mIoU, 448 px", "mIoU 448, mask head": "448 px, mask head",
+            "mIoU 672, linear head of 448": "mIoU, 672 px, head of 448", "mIoU 672, mask head of 448": "672 px, mask head of 448"}
+SHORT = "cls_cosine", "patch_cosine", "whitened_error"
 
 
-def study(device, measures=tuple(MEASURES), left_out=()):
-    """The real-weights rows of study.csv; a score with its share of the teacher's."""
+def study_values():
+    """{row: {column: (mean, lowest, highest)}}"""
     value = {}
     for row in read("study.csv"):
-        value.setdefault(row["row"], {})[row["column"]] = float(row["mean"])
+        value.setdefault(row["row"], {})[row["column"]] = tuple(float(row[key]) for key in ("mean", "lowest", "highest"))
+    return value
+
+
+def study(device, measures=tuple(MEASURES), left_out=(), spread=True):
+    """The real-weights rows of study.csv; a score with its share of the teacher's and, in the long table, the range of its heads' seeds."""
+    value = study_values()
 
     def cell(row, key):
-        found, best = value[row].get(key), value["teacher"].get(key)
-        if found is None:
+        if key not in value[row]:
             return "-"
-        if best and row != "teacher":
-            return f"{found:.1f} ({100 * found / best:.0f} %)"
-        return f"{found:,.0f}" if key == "photos" else f"{found:.3f}" if found < 2 else f"{found:.1f}"
+        (found, low, high), best = value[row][key], value["teacher"].get(key)
+        if not best:
+            return f"{found:,.0f}" if key == "photos" else f"{found:.3f}"
+        share = "" if row == "teacher" else f" ({100 * found / best[0]:.1f} %)"
+        return f"{found:.1f}{share}" + (f", {low:.1f} to {high:.1f}" if spread and low < high else "")
 
-    order = ["teacher", "no alignment", *NAMES, *(row for row in value if row not in {"teacher", "no alignment", *NAMES})]
+    order = ["teacher", "no alignment", *NAMES]
     return table(["frozen backbone", *(MEASURES[key] for key in measures)],
                  [[NAMES.get(row, row), *(cell(row, key) for key in measures)] for row in order if row in value and row not in left_out])
 
 
 def study_short(device):
-    """README's."""
-    return study(device, ("top-1 224", "mIoU 224, linear head", "mIoU 448, linear head"), ["linear_conv-12-448"])
+    """README's: what is kept, and beside it how many times the teacher's images/s the ViT runs at."""
+    return study(device, ("top-1 224", "mIoU 224, linear head", "mIoU 448, linear head", "mIoU 672, linear head of 448"), spread=False)
+
+
+def speed(device):
+    """What the retention table's backbones cost: images/s over softmax's, MB over what its forward pass needs."""
+    rows = {(row["dtype"], row["pixels"], row["name"]): row for row in curves(device) if (row["model"], row["batch"]) == ("vits14", "1")}
+    points = [(dtype, pixels) for dtype in ("float32", "bfloat16") for pixels in ("224", "448", "672")]
+    cell = lambda row: f"{float(row['images_per_s']):.2f} ({1 / float(row['ratio']):.2f}x), {float(row['peak_mb']):.0f} MB"
+    return table(["backbone", *(f"{pixels} px, {dtype}" for dtype, pixels in points)],
+                 [[name, *(cell(rows[(*point, name)]) if (*point, name) in rows else "-" for point in points)]
+                  for name in ("softmax", "linear", "linear_conv")])
+
+
+def first_steps(device):
+    """Held-out agreement of every operator after a short stage 1."""
+    value = {row: found for row, found in study_values().items() if row.endswith("-short")}
+    return table(["operator and what is trained", *(MEASURES[key] for key in SHORT)],
+                 [[row.removesuffix("-short"), *(f"{found[key][0]:.3f}" for key in SHORT)] for row, found in value.items()])
 
 
 def demo(device):
@@ -144,7 +170,7 @@ def demo(device):
         for row in rows])
 
 
-TABLES = (demo, study_short, study, short, gains, memory, operator, choices, training, loading, against_timm)
+TABLES = (demo, study_short, study, speed, first_steps, short, gains, memory, operator, choices, training, loading, against_timm)
 
 if __name__ == "__main__":
     for make in TABLES:
