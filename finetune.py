@@ -124,10 +124,7 @@ LAYOUTS = {
 
 
 def read_mask(source):
-    """Path, PIL image or drawn mask -> ids as the file stores them, uint8 (H, W).
-
-    Pillow stretches grey of 2 and 4 bits to 0 ... 255; that is undone here.
-    """
+    """Path, PIL image or drawn mask -> ids as the file stores them, uint8 (H, W)."""
     if isinstance(source, torch.Tensor):
         return source
     image = decode(source)
@@ -137,8 +134,8 @@ def read_mask(source):
                          f"loss, found {'a JPEG' if lossy else f'mode {image.mode}'}")
     ids = v2.functional.pil_to_tensor(image)[0].int()
     if image.format == "PNG" and image.mode == "L" and not isinstance(source, Image.Image):
-        depth = Path(source).read_bytes()[24]           # its header's: 2, 4 or 8
-        ids = ids // (255 // (2 ** depth - 1))
+        bits = Path(source).read_bytes()[24]            # Pillow stretches 2 and 4 to 0 ... 255
+        ids = ids // (255 // (2 ** bits - 1))
     if ids.max() > 255:
         raise InputError(f"{source} holds ids up to {ids.max()}: expected 0 to 255")
     return ids.to(torch.uint8)
@@ -195,10 +192,8 @@ def by_layout(data):
 
 
 def count_ids(items, colours):
-    """Look at every photo and mask once -> pixels of each id (256,).
-
-    colours: {colour of a palette: (its ids, file)}, so that no colour changes its id between files.
-    """
+    """Look at every photo and mask once -> pixels of each id (256,). No colour may change its id
+    from file to file; colours: {colour of a palette: (its ids, file)}."""
     counts, turned = torch.zeros(256, dtype=torch.long), 0
     for item in bar(items, "reading masks"):
         ids, size = read_mask(item[-1]), read_image(item).shape[1:]
@@ -244,9 +239,7 @@ def by_class(data):
 
 def load_data(data, task, ignore=None):
     """-> (training items, held-out items, class names, their ids in masks), after a look at all.
-
-    ignore: ids that count nowhere; None: IGNORE and those of the folder's layout.
-    """
+    ignore: ids that count nowhere; None: IGNORE and those of the folder's layout."""
     segment, row = task == "segment", {}
     if data is None:
         parts = Shapes("train"), Shapes("val")
@@ -323,8 +316,7 @@ def by_shape(draws):
 
 def features(vit, images, task):
     """uint8 images (B, 3, H, W) -> what a head reads. segment: patches (B, rows, columns, C);
-    classify: CLS and mean patch (B, 2C), or the mean patch alone (B, C) of a ViT without CLS.
-    """
+    classify: CLS and mean patch (B, 2C), or the mean patch alone (B, C) of a ViT without CLS."""
     grid, tokens = vit.grid(*images.shape[2:]), widen(vit(vit.normalize(images)))
     patches = tokens[:, vit.arch.prefix:]                                   # (B, N, C)
     if task == "segment":
@@ -450,10 +442,8 @@ def alignment(teacher, vit, images, dtype):
 
 
 def upsampled_classes(logits, size, strip=64):
-    """Logits (B, K, rows, columns) -> the likeliest class at every pixel (B, *size), bilinear.
-
-    A strip of pixel rows at a time: K maps of a 12-megapixel photo would need gigabytes.
-    """
+    """Logits (B, K, rows, columns) -> the likeliest class at every pixel (B, *size), bilinear. A
+    strip of pixel rows at a time: K maps of a 12-megapixel photo would need gigabytes."""
     rows, strips = logits.shape[2], []
     for top in range(0, size[0], strip):
         y = torch.arange(top, min(top + strip, size[0]), device=logits.device)
@@ -476,8 +466,7 @@ def cached(vit, batches, task, frozen, device, dtype):
 @torch.no_grad()
 def evaluate(vit, head, batches, task, frozen, classes, device, dtype=torch.float32):
     """batches: lists of (inputs, targets), see by_shape; masks have their own resolution.
-    -> (percent: top-1, or mIoU over classes that occur; that per class).
-    """
+    -> (percent: top-1, or mIoU over classes that occur; that per class)."""
     confusion = torch.zeros(classes, classes, dtype=torch.long)
     for batch in bar(batches, "scoring"):
         for inputs, targets in batch:
@@ -499,11 +488,8 @@ PALETTE[0], PALETTE[IGNORE] = 0, 1                      # background black, igno
 
 
 def picture(path, rows, classes, ids, cell=160, line=20):
-    """Write rows of images below their captions, and below all a legend of the classes.
-
-    rows: [(caption, [uint8 photo (3, H, W) or mask of classes (H, W), ...]), ...]; in pixels: cell,
-    the height of an image, and line.
-    """
+    """Write rows, [(caption, [uint8 photo (3, H, W) or mask of classes (H, W), ...]), ...], and
+    below all a legend of the classes. In pixels: cell, the height of an image, and line."""
     colours = (torch.cat([PALETTE[ids], torch.ones(256 - len(ids), 3)]) * 255).byte()
     widths = [max(1, round(photo.shape[2] * cell / photo.shape[1])) for photo in rows[0][1]]
     width, below = max(600, sum(widths)), len(rows) * (line + cell) + line // 2
@@ -596,87 +582,80 @@ def begin_row(spec, args, classes, ids):
     return vit, head, stage, own
 
 
-def fine_tune(i, args, data, teacher, start_progress, device, dtype):
-    """Train and score args.weights[i], and add its row to what Progress keeps -> Progress.
-
-    data: see load_data; teacher: of --align, or None; start_progress: Progress but for its parts.
-    """
+def fine_tune(spec, args, data, teacher, start_progress, device, dtype):
+    """Train and score one of --weights; its row is added to what Progress keeps. data: see
+    load_data; teacher: of --align, or None; start_progress: Progress but for its parts."""
     torch.compiler.reset()                              # each row compiles and caches anew
-    source, val_source, classes, ids = data
-    spec, segment = args.weights[i], args.task == "segment"
+    (source, val_source, classes, ids), task, segment = data, args.task, args.task == "segment"
     wide = torch.promote_types(dtype, torch.float32)    # of weights, loss and logits
     vit, head, stage, its_own = begin_row(spec, args, classes, ids)
     vit, head = vit.to(device, wide), head.to(device, wide)
 
     lookup = torch.full((256,), IGNORE, dtype=torch.uint8)
     lookup[ids] = torch.arange(len(ids), dtype=torch.uint8)
-    read = partial(read_item, task=args.task, lookup=lookup, short=args.size)
-    crop, whole = views_of(args.task, args.size, vit.arch.patch)
+    read = partial(read_item, task=task, lookup=lookup, short=args.size)
+    crop, whole = views_of(task, args.size, vit.arch.patch)
     crop = crop if args.data else v2.RandomHorizontalFlip()
     draws, held_out = Draws(source, read, crop, args.seed), Draws(val_source, read, whole)
     # A generator of its own: scoring leaves other randomness alone.
-    loader = partial(DataLoader, num_workers=args.workers, pin_memory=device == "cuda",
-                     collate_fn=by_shape, generator=torch.Generator(), worker_init_fn=leave_signals)
-    in_order = partial(loader, batch_size=args.batch_size, pin_memory=False)    # caches are large
-    val = in_order(held_out)
+    loader = partial(DataLoader, num_workers=args.workers, collate_fn=by_shape,
+                     generator=torch.Generator(), worker_init_fn=leave_signals)
+    val = loader(held_out, args.batch_size)
     if args.freeze:                                     # features of whole photos, computed once
-        vit.requires_grad_(False)
         short = partial(whole, points=POINTS) if segment else whole
-        photos = in_order(Draws(source, read, short)) if args.steps else []
-        found, val = (cached(vit, part, args.task, False, device, dtype) for part in (photos, val))
+        photos = loader(Draws(source, read, short), args.batch_size) if args.steps else []
+        found, val = (cached(vit, part, task, False, device, dtype) for part in (photos, val))
         items = [item for batch in found for group in batch for item in zip(*group)]
         draws = Draws(items, tuple, tuple, args.seed)
     if args.head == "mask" and not its_own and args.steps:
         batch = by_shape([draws[j] for j in range(args.batch_size)])
-        start, = cached(vit, [batch], args.task, args.freeze, device, dtype)
+        start, = cached(vit, [batch], task, args.freeze, device, dtype)
         head.whiten(torch.cat([x.flatten(0, 2) for x, _ in start]).to(device, wide))
 
-    groups = [dict(params=[*head.parameters()], lr=args.lr * (1 if args.from_scratch else HEAD_LR))]
-    if not args.freeze:
-        groups.append(dict(params=[*vit.train().parameters()], lr=args.lr))
-    optimizer = torch.optim.AdamW(groups, weight_decay=0.01)
+    trained = [[*part.parameters()] for part in ([head] if args.freeze else [head, vit.train()])]
+    rates = args.lr * (1 if args.from_scratch else HEAD_LR), args.lr
+    optimizer = torch.optim.AdamW([dict(params=part, lr=lr) for part, lr in zip(trained, rates)],
+                                  weight_decay=0.01)
     schedule = one_cycle(optimizer, args.steps)
     scaler = torch.amp.GradScaler(device, enabled=dtype == torch.float16)
     compiles = args.compile and not args.freeze         # frozen: each of many shapes would compile
     loss_of = torch.compile(task_loss, fullgraph=True) if compiles else task_loss
-    score_of = partial(evaluate, vit, head, val, args.task, args.freeze, len(classes), device,
-                       dtype)
-    facts = dict(task=args.task, classes=classes, ids=ids, size=args.size, frozen=args.freeze,
+    score_of = partial(evaluate, vit, head, val, task, args.freeze, len(classes), device, dtype)
+    facts = dict(task=task, classes=classes, ids=ids, size=args.size, frozen=args.freeze,
                  seed=args.seed, head_kind=args.head)
     write = partial(save_vit, vit, head=head, stage=f"{stage}+finetune", **facts)
     progress = start_progress(head=head, vit=nn.Identity() if args.freeze else vit,
                               optimizer=optimizer, schedule=schedule, scaler=scaler)
-    out, kept = progress.out, progress.kept
+    out, kept, i = progress.out, progress.kept, len(progress.kept["rows"])
     order = range(progress.step * args.batch_size + RANK, args.steps * args.batch_size, WORLD)
-    train = loader(draws, args.batch_size // WORLD, sampler=order,
+    train = loader(draws, args.batch_size // WORLD, sampler=order, pin_memory=device == "cuda",
                    num_workers=0 if args.freeze else args.workers)
     with progress:
         for step, batch in enumerate(train, progress.step + 1):
             total = count = 0
             for inputs, targets in batch:               # one shape each; of crops there is one
                 inputs, targets = (x.to(device, non_blocking=True) for x in (inputs, targets))
-                part = loss_of(vit, head, inputs, targets, args.task, args.freeze, dtype)
+                part = loss_of(vit, head, inputs, targets, task, args.freeze, dtype)    # the stage
                 total, count = total + part[0], count + part[1]
             count = average([count.to(total.dtype)])[0]
             loss = total / count.clamp(min=1)           # crops may hold ignored pixels only
             if args.align:
                 loss = loss + args.align * alignment(teacher, vit, inputs, dtype)
             scaler.scale(loss).backward()
-            row = dict(weights=spec, lr=update(scaler, optimizer, schedule,
-                                               [group["params"] for group in groups]))
+            row = dict(weights=spec, lr=update(scaler, optimizer, schedule, trained))
             if step % args.every == 0:
                 row["held_out"] = score_of()[0]
                 if row["held_out"] > kept["best"]:
                     kept["best"] = row["held_out"]
-                    write(out / f"{i}-{args.task}-best.safetensors", best=dict(
+                    write(out / f"{i}-{task}-best.safetensors", best=dict(
                         step=step, score=kept["best"], chosen_on="held-out part"))
             progress.done(average([loss.detach()])[0].item(), **row)
 
-    checkpoint = out / f"{i}-{args.task}.safetensors"
+    checkpoint = out / f"{i}-{task}.safetensors"
     write(checkpoint)
     score, per_class = score_of()
     look = torch.no_grad()(lambda photo: logits_of(     # photo by photo: what one costs, a picture
-        vit, head, photo[None].to(device), args.task, False, dtype))
+        vit, head, photo[None].to(device), task, False, dtype))
     shown = [held_out[j][0] for j in range(min(6, len(held_out)))]
     first = partial(look, shown[0][0])
     if segment:
@@ -686,19 +665,18 @@ def fine_tune(i, args, data, teacher, start_progress, device, dtype):
         picture(out / "segment.png", [("photo", photos), ("truth", masks), *kept["guesses"]],
                 classes, ids)
     kept["rows"].append(dict(
-        weights=spec,
+        weights=spec, stage=stage, score=score, metric="mIoU" if segment else "top-1",
         attention=vit.attention + f"+{vit.keep_softmax} softmax" * (vit.keep_softmax > 0),
-        stage=stage, score=score, metric="mIoU" if segment else "top-1", kept_head=its_own,
-        held_out=len(val_source),
         per_class={name: None if math.isnan(value) else value       # JSON knows no NaN
                    for name, value in zip(classes, per_class)},
-        steps=args.steps, batch_size=args.batch_size, lr=args.lr, device=device, dtype=str(dtype),
-        seconds=progress.seconds, checkpoint=str(checkpoint), **facts,
         images_per_s=1e3 / min(timed(first, device) for _ in range(3)),
-        peak_mb=peak_memory(first, device)))
+        peak_mb=peak_memory(first, device), seconds=progress.seconds, kept_head=its_own,
+        held_out=len(val_source), steps=args.steps, batch_size=args.batch_size, lr=args.lr,
+        device=device, dtype=str(dtype), checkpoint=str(checkpoint), **facts))
     kept["best"] = -1.0                                 # of the next row
     write_whole(out / "metrics.json", kept["rows"])
-    return progress
+    if len(kept["rows"]) == len(args.weights):
+        progress.finish()
 
 
 def main(argv=None):
@@ -706,7 +684,8 @@ def main(argv=None):
     device, dtype = device_and_dtype(args.dtype)
     if args.predict:
         return predict(args, device, dtype)
-    teacher, files = args.align and load_vit(args.teacher), [args.teacher]
+    wide, files = torch.promote_types(dtype, torch.float32), [args.teacher]
+    teacher = load_vit(args.teacher).to(device, wide) if args.align else None
     for spec in args.weights:                           # all must be good before we start
         vit, file, _ = load_backbone(spec, args.from_scratch)
         files.append(file)
@@ -735,9 +714,9 @@ def main(argv=None):
           f"{device}, {dtype}")
     kept = saved["kept"] if saved else dict(rows=[], guesses=[], best=-1.0)
     rows = kept["rows"]
-    for i in range(len(rows), len(args.weights)):
+    for spec in args.weights[len(rows):]:
         start_progress = partial(Progress, args, out, saved, mark, kept)
-        progress = fine_tune(i, args, data, teacher, start_progress, device, dtype)
+        fine_tune(spec, args, data, teacher, start_progress, device, dtype)
         saved = None                                    # it was of the row that had been stopped
 
     if segment:
@@ -751,7 +730,6 @@ def main(argv=None):
     for row in rows:
         print(f"{row['score']:6.2f} {row['images_per_s']:6.2f} {row['peak_mb']:6.0f}  "
               f"{row['attention']:11s} {row['stage']:20s} {row['weights']}")
-    progress.finish()
     print(f"wrote {out / 'metrics.json'}")
 
 
