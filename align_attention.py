@@ -22,11 +22,12 @@ from torchvision.utils import save_image
 
 from align_features import compare, whitening           # for the report at the end, see stage 2
 from demo.shapes import Shapes
-from model import ATTENTION, RANK, InputError, Progress, autocast, average, bar, complete
-from model import device_and_dtype, fingerprint, load_pair, loaders, note_unread, one_cycle
-from model import open_out, run, run_flags, save_vit, unlabelled, update, widen, write_whole
+from model import RANK, InputError, Progress, autocast, average, bar, complete, device_and_dtype
+from model import fingerprint, load_pair, loaders, note_unread, one_cycle, open_out, pair_flags
+from model import run, run_flags, save_vit, unlabelled, update, widen, write_whole
 
 DEFAULTS = dict(steps=2000, batch_size=32)
+GROUPS = "qkv", "operator", "proj"      # what --train takes: modules of Attention
 OPERATOR_LR = 5                 # what is new, not pretrained, learns this much faster
 PREFIX_WEIGHT = 0.1             # in the loss, of CLS and registers together; the patches' is 1
 DEMO = dict(teacher="demo/teacher.safetensors", size=64, steps=100, batch_size=64)  # without --data
@@ -36,17 +37,10 @@ def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     flag = parser.add_argument
-    flag("--teacher", help="softmax ViT to imitate: a known name, a file of ours or NAME=FILE "
-         f"(demo: {DEMO['teacher']})")
-    flag("--student", help="a student of this teacher to train further (default: the teacher, "
-         "swapped)")
-    flag("--attention", choices=ATTENTION, help="the student's operator (default: linear)")
-    flag("--keep-softmax", type=int, default=0, help="this many last blocks keep softmax, "
-         "O(N^2) (default: 0, all are linear)")
-    flag("--train", choices=GROUPS, nargs="+", default=["qkv", "operator", "proj"],
+    pair_flags(flag, DEMO)
+    flag("--train", choices=GROUPS, nargs="+", default=GROUPS,
          help="what is tuned: query, key and value (the paper's), the operator's own parameters, "
          "the output projection (default: all three)")
-    flag("--data", nargs="+", help="folders of images, or torchvision sets (default: the demo's)")
     flag("--lr", type=float, default=3e-3, help="peak learning rate, "
          f"{OPERATOR_LR} times that for the operator's own parameters (default: 3e-3)")
     run_flags(flag, "runs/attention", DEFAULTS, DEMO)
@@ -70,15 +64,13 @@ def block_alignment(teacher, student, x, grid, dtype=torch.float32):
     block, error, scale): the squared error after the output projection, and that of uniform
     attention (the mean of V). Their ratio is the loss. 0: equals softmax. 1: no better than to
     ignore the query. Paper: "squared error"; here: the ratio gives all blocks equal weight.
-    Autocast is entered in here, since a compiled backward runs under the autocast of its call.
     """
     with autocast(x.device.type, dtype):
         with torch.no_grad():
             h = teacher.norm1(x)
             q, k, v = teacher.attn.project(h)                               # each (B,H,N,D)
             target = teacher.attn.proj(teacher.attn.attend(q, k, v, grid))  # (B,N,C)
-            blind = v.mean(2).flatten(1).unsqueeze(1)                       # (B,H,N,D) -> (B,1,C)
-            blind = teacher.attn.proj(blind)
+            blind = teacher.attn.proj(v.mean(2).flatten(1).unsqueeze(1))    # (B,H,N,D) -> (B,1,C)
             x = x + teacher.ls1(target)
             x = x + teacher.ls2(teacher.mlp(teacher.norm2(x)))
         output = student.attn(h, grid)                  # (B,N,C), the only trained forward pass
@@ -88,19 +80,12 @@ def block_alignment(teacher, student, x, grid, dtype=torch.float32):
     return x, error, scale.clamp(min=1e-12)             # 0: a single token
 
 
-GROUPS = {                                  # what --train takes: tensors of a block, by name
-    "qkv": lambda block: block.attn.qkv,
-    "operator": lambda block: block.attn.operator,
-    "proj": lambda block: block.attn.proj,
-}
-
-
 def trained_parameters(student, groups):
     """Freeze all but these GROUPS; -> for each changed block, its trained ones."""
     student.requires_grad_(False)
     changed = student.blocks[:len(student.blocks) - student.keep_softmax]   # others are softmax
-    by_block = [[p for name in dict.fromkeys(groups) for p in GROUPS[name](block).parameters()]
-                for block in changed]
+    by_block = [[p for name in dict.fromkeys(groups)
+                 for p in getattr(block.attn, name).parameters()] for block in changed]
     if not any(by_block):
         raise InputError(f"--train {' '.join(groups)}: {student.attention} attention has no "
                          "parameters of its own to train")

@@ -23,35 +23,28 @@ from torch.utils.data import DataLoader
 from torchvision.utils import save_image
 
 from demo.shapes import Shapes
-from model import ATTENTION, RANK, Progress, autocast, average, bar, complete, device_and_dtype
-from model import fingerprint, load_pair, loaders, note_unread, one_cycle, open_out, run, run_flags
+from model import RANK, Progress, autocast, average, bar, complete, device_and_dtype, fingerprint
+from model import load_pair, loaders, note_unread, one_cycle, open_out, pair_flags, run, run_flags
 from model import save_vit, unlabelled, update, widen, write_whole
 
 DEFAULTS = dict(steps=5000, batch_size=32, lr=5e-5)
 DEMO = dict(teacher="demo/teacher.safetensors", size=64, steps=150, batch_size=64, lr=5e-4)
 CURVE = "whitened_error"                        # what --every logs of held-out images
-STAGE_1 = "runs/attention/student.safetensors"  # the demo's student, unless --attention is given
+STAGE_1 = dict(student="runs/attention/student.safetensors")    # demo, unless --attention is given
 
 
 def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     flag = parser.add_argument
-    flag("--teacher", help="softmax ViT to imitate: a known name, a file of ours or NAME=FILE "
-         f"(demo: {DEMO['teacher']})")
-    flag("--student", help=f"stage 1's (default: the teacher, swapped; demo: {STAGE_1})")
-    flag("--attention", choices=ATTENTION, help="operator without --student (default: linear)")
-    flag("--keep-softmax", type=int, default=0, help="this many last blocks keep softmax, "
-         "O(N^2) (default: 0, all are linear)")
+    pair_flags(flag, DEMO | STAGE_1)
     flag("--loss", choices=LOSS, default="whitened",
          help="of final tokens (default: whitened; the paper's: mse)")
-    flag("--data", nargs="+", help="folders of images, or torchvision sets (default: the demo's)")
     flag("--lr", type=float, help="peak learning rate; the better stage 1 was, the lower (default: "
          f"{DEFAULTS['lr']}, demo: {DEMO['lr']})")
     run_flags(flag, "runs/features", DEFAULTS, DEMO)
     args = parser.parse_args(argv)
-    from_stage_1 = {} if args.attention else dict(student=STAGE_1)
-    return complete(args, DEFAULTS, DEMO | from_stage_1)
+    return complete(args, DEFAULTS, DEMO if args.attention else DEMO | STAGE_1)
 
 
 def mse(student, teacher, whiten):
@@ -94,10 +87,7 @@ def whitening(teacher, draws, batch_size, device, dtype, images=128):
 
 
 def feature_alignment(teacher, student, images, loss, dtype=torch.float32):
-    """Stage 2 (Fig. 4, middle): uint8 images (B, 3, H, W) -> loss of final tokens (B, 1+R+N, C).
-
-    Autocast is entered in here, since a compiled backward runs under the autocast of its call.
-    """
+    """Stage 2 (Fig. 4, middle): uint8 images (B, 3, H, W) -> loss of final tokens (B, 1+R+N, C)."""
     images = teacher.normalize(images)
     with autocast(images.device.type, dtype):
         with torch.no_grad():

@@ -90,8 +90,6 @@ def parse(argv):
     if args.weights is None and args.data is None and not args.predict:
         args.weights, args.freeze = ABLATION, not args.from_scratch
         print("demo:", "--freeze" * args.freeze, "--weights", *args.weights)
-    defaults, demo = (PREDICT, PREDICT) if args.predict else (DEFAULTS, DEMO)
-    args = complete(args, defaults, demo)
     if args.weights is None or args.predict and len(args.weights) != 1:
         raise InputError("--weights: expected files to fine-tune, or one checkpoint to --predict "
                          f"with, found {args.weights}")
@@ -100,7 +98,7 @@ def parse(argv):
                          "and a backbone that is tuned")
     if args.freeze and args.from_scratch:
         raise InputError("--freeze with --from-scratch: random weights have no features to keep")
-    return args
+    return complete(args, PREDICT, PREDICT) if args.predict else complete(args, DEFAULTS, DEMO)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -126,24 +124,18 @@ LAYOUTS = {
 
 
 def read_mask(source):
-    """Path, PIL image or drawn mask -> ids as the file stores them, uint8 (H, W).
-
-    Pillow stretches grey of 2 and 4 bits to 0 ... 255; that is undone here.
-    """
+    """Path, PIL image or drawn mask -> ids as the file stores them, uint8 (H, W)."""
     if isinstance(source, torch.Tensor):
         return source
-    image, start = decode(source), b""
-    if isinstance(source, (str, Path)):
-        with open(source, "rb") as file:
-            start = file.read(26)
-    depth = start[24] if start.startswith(b"\x89PNG") and start[25] == 0 else 8     # of grey
-    lossy = start.startswith(b"\xff\xd8")
+    image = decode(source)
+    lossy = image.format in ("JPEG", "MPO")
     if image.mode not in ("1", "L", "P", "I;16") or lossy:
         raise InputError(f"{source} is no mask: expected one id a pixel, grey or palette, without "
                          f"loss, found {'a JPEG' if lossy else f'mode {image.mode}'}")
     ids = v2.functional.pil_to_tensor(image)[0].int()
-    if depth in (2, 4):
-        ids = ids // (255 // (2 ** depth - 1))
+    if image.format == "PNG" and image.mode == "L" and not isinstance(source, Image.Image):
+        bits = Path(source).read_bytes()[24]            # Pillow stretches 2 and 4 to 0 ... 255
+        ids = ids // (255 // (2 ** bits - 1))
     if ids.max() > 255:
         raise InputError(f"{source} holds ids up to {ids.max()}: expected 0 to 255")
     return ids.to(torch.uint8)
@@ -200,10 +192,8 @@ def by_layout(data):
 
 
 def count_ids(items, colours):
-    """Look at every photo and mask once -> pixels of each id (256,).
-
-    colours: {colour of a palette: (its ids, file)}, so that no colour changes its id between files.
-    """
+    """Look at every photo and mask once -> pixels of each id (256,). No colour may change its id
+    from file to file; colours: {colour of a palette: (its ids, file)}."""
     counts, turned = torch.zeros(256, dtype=torch.long), 0
     for item in bar(items, "reading masks"):
         ids, size = read_mask(item[-1]), read_image(item).shape[1:]
@@ -249,9 +239,7 @@ def by_class(data):
 
 def load_data(data, task, ignore=None):
     """-> (training items, held-out items, class names, their ids in masks), after a look at all.
-
-    ignore: ids that count nowhere; None: IGNORE and those of the folder's layout.
-    """
+    ignore: ids that count nowhere; None: IGNORE and those of the folder's layout."""
     segment, row = task == "segment", {}
     if data is None:
         parts = Shapes("train"), Shapes("val")
@@ -300,6 +288,17 @@ def fitted(item, size, patch, points=None):
     return v2.functional.resize(photo, [n * patch for n in grid], **BICUBIC), mask
 
 
+def views_of(task, size, patch):
+    """-> (a random crop, mirrored or not, for training; all of a photo), with its mask, if any."""
+    if task == "classify":
+        return views(size)
+    fill = {tv_tensors.Mask: IGNORE, "others": 124}     # about the mean of photos
+    crop = v2.Compose([v2.RandomResize(size // 2, 2 * size, **BICUBIC),
+                       v2.RandomCrop(size, pad_if_needed=True, fill=fill),
+                       v2.RandomHorizontalFlip()])
+    return crop, partial(fitted, size=size, patch=patch)
+
+
 def by_shape(draws):
     """A batch of Draws, [((input, target), unread), ...] -> [(inputs, targets), ...], stacked where
     shapes agree. A photo that is gone by now ends the run: its neighbour would count twice."""
@@ -317,8 +316,7 @@ def by_shape(draws):
 
 def features(vit, images, task):
     """uint8 images (B, 3, H, W) -> what a head reads. segment: patches (B, rows, columns, C);
-    classify: CLS and mean patch (B, 2C), or the mean patch alone (B, C) of a ViT without CLS.
-    """
+    classify: CLS and mean patch (B, 2C), or the mean patch alone (B, C) of a ViT without CLS."""
     grid, tokens = vit.grid(*images.shape[2:]), widen(vit(vit.normalize(images)))
     patches = tokens[:, vit.arch.prefix:]                                   # (B, N, C)
     if task == "segment":
@@ -418,10 +416,7 @@ def kept_head(head, spec, task, classes, ids, kind="linear"):
 
 
 def logits_of(vit, head, inputs, task, frozen, dtype=torch.float32):
-    """What the head says of uint8 images, or of features, in float32 or float64.
-
-    Autocast is entered in here, since a compiled backward runs under the autocast of its call.
-    """
+    """What the head says of uint8 images, or of features, in float32 or float64."""
     with autocast(inputs.device.type, dtype):
         return widen(head(widen(inputs) if frozen else features(vit, inputs, task)))
 
@@ -447,10 +442,8 @@ def alignment(teacher, vit, images, dtype):
 
 
 def upsampled_classes(logits, size, strip=64):
-    """Logits (B, K, rows, columns) -> the likeliest class at every pixel (B, *size), bilinear.
-
-    A strip of pixel rows at a time: K maps of a 12-megapixel photo would need gigabytes.
-    """
+    """Logits (B, K, rows, columns) -> the likeliest class at every pixel (B, *size), bilinear. A
+    strip of pixel rows at a time: K maps of a 12-megapixel photo would need gigabytes."""
     rows, strips = logits.shape[2], []
     for top in range(0, size[0], strip):
         y = torch.arange(top, min(top + strip, size[0]), device=logits.device)
@@ -473,8 +466,7 @@ def cached(vit, batches, task, frozen, device, dtype):
 @torch.no_grad()
 def evaluate(vit, head, batches, task, frozen, classes, device, dtype=torch.float32):
     """batches: lists of (inputs, targets), see by_shape; masks have their own resolution.
-    -> (percent: top-1, or mIoU over classes that occur; that per class).
-    """
+    -> (percent: top-1, or mIoU over classes that occur; that per class)."""
     confusion = torch.zeros(classes, classes, dtype=torch.long)
     for batch in bar(batches, "scoring"):
         for inputs, targets in batch:
@@ -496,11 +488,8 @@ PALETTE[0], PALETTE[IGNORE] = 0, 1                      # background black, igno
 
 
 def picture(path, rows, classes, ids, cell=160, line=20):
-    """Write rows of images below their captions, and below all a legend of the classes.
-
-    rows: [(caption, [uint8 photo (3, H, W) or mask of classes (H, W), ...]), ...]; in pixels: cell,
-    the height of an image, and line.
-    """
+    """Write rows, [(caption, [uint8 photo (3, H, W) or mask of classes (H, W), ...]), ...], and
+    below all a legend of the classes. In pixels: cell, the height of an image, and line."""
     colours = (torch.cat([PALETTE[ids], torch.ones(256 - len(ids), 3)]) * 255).byte()
     widths = [max(1, round(photo.shape[2] * cell / photo.shape[1])) for photo in rows[0][1]]
     width, below = max(600, sum(widths)), len(rows) * (line + cell) + line // 2
@@ -520,13 +509,14 @@ def picture(path, rows, classes, ids, cell=160, line=20):
 
 
 def load_backbone(spec, from_scratch):
-    """FILE, NAME, NAME=FILE, each may end in :OPERATOR -> (ViT, without that, stages behind it)."""
+    """FILE, NAME, NAME=FILE, each may end in :OPERATOR -> (ViT, what of that is read, if anything,
+    stages behind it)."""
     name, _, operator = spec.rpartition(":")
     name, operator = (name, operator) if name and operator in ATTENTION else (spec, None)
     if from_scratch:
         known = [arch for key, arch in KNOWN.items() if name in (key, key.partition(".")[0])]
         arch = known[0] if known else load_vit(name).arch       # a name need not be downloaded
-        return ViT(arch, operator or "softmax"), name, "scratch"
+        return ViT(arch, operator or "softmax"), None, "scratch"
     vit = load_vit(name)
     if operator not in (None, vit.attention):
         return linearize(vit, operator), name, "none"
@@ -539,8 +529,7 @@ def predict(args, device, dtype):
     spec, wide = args.weights[0], torch.promote_types(dtype, torch.float32)
     vit, (tensors, facts) = load_vit(spec), read_weights(weights_file(spec)[0])
     if "classes" not in facts:
-        raise InputError(f"{spec} has no task head: --predict needs a checkpoint that finetune.py "
-                         "wrote")
+        raise InputError(f"{spec} has no task head: --predict needs a checkpoint of finetune.py")
     task, classes = facts["task"], facts["classes"]
     size = facts["size"] if args.size is None else args.size
     vit.grid(size, size)
@@ -553,9 +542,7 @@ def predict(args, device, dtype):
     if len({str(name) for _, name in photos}) < len(photos) and task == "segment":
         raise InputError("two photos of --predict have one name: give their folders one at a time")
     out = open_out(args, [spec, *args.predict])[0] if task == "segment" else None
-    whole = views(size)[1]
-    if task == "segment":
-        whole = partial(fitted, size=size, patch=vit.arch.patch)
+    whole = views_of(task, size, vit.arch.patch)[1]
     for start in range(0, len(photos), args.batch_size):
         batch, found = [], {}
         for i, (path, _) in enumerate(photos[start:start + args.batch_size], start):
@@ -585,159 +572,154 @@ def predict(args, device, dtype):
             print(f"{path}\t{', '.join(classes[value] for value in mask.unique())}\t{target}")
 
 
+def begin_row(spec, args, classes, ids):
+    """-> ViT and head as they are before training, stages behind the ViT, is the head its own?"""
+    torch.manual_seed(args.seed)
+    vit, file, stage = load_backbone(spec, args.from_scratch)
+    torch.manual_seed(args.seed)                        # the same head for each row
+    head = make_head(vit.arch, args.task, len(classes), args.head, vit.attention)
+    own = bool(file) and kept_head(head, file, args.task, classes, ids, args.head)
+    return vit, head, stage, own
+
+
+def fine_tune(spec, args, data, teacher, start_progress, device, dtype):
+    """Train and score one of --weights; its row is added to what Progress keeps. data: see
+    load_data; teacher: of --align, or None; start_progress: Progress but for its parts."""
+    torch.compiler.reset()                              # each row compiles and caches anew
+    (source, val_source, classes, ids), task, segment = data, args.task, args.task == "segment"
+    wide = torch.promote_types(dtype, torch.float32)    # of weights, loss and logits
+    vit, head, stage, its_own = begin_row(spec, args, classes, ids)
+    vit, head = vit.to(device, wide), head.to(device, wide)
+
+    lookup = torch.full((256,), IGNORE, dtype=torch.uint8)
+    lookup[ids] = torch.arange(len(ids), dtype=torch.uint8)
+    read = partial(read_item, task=task, lookup=lookup, short=args.size)
+    crop, whole = views_of(task, args.size, vit.arch.patch)
+    crop = crop if args.data else v2.RandomHorizontalFlip()
+    draws, held_out = Draws(source, read, crop, args.seed), Draws(val_source, read, whole)
+    # A generator of its own: scoring leaves other randomness alone.
+    loader = partial(DataLoader, num_workers=args.workers, collate_fn=by_shape,
+                     generator=torch.Generator(), worker_init_fn=leave_signals)
+    val = loader(held_out, args.batch_size)
+    if args.freeze:                                     # features of whole photos, computed once
+        short = partial(whole, points=POINTS) if segment else whole
+        photos = loader(Draws(source, read, short), args.batch_size) if args.steps else []
+        found, val = (cached(vit, part, task, False, device, dtype) for part in (photos, val))
+        items = [item for batch in found for group in batch for item in zip(*group)]
+        draws = Draws(items, tuple, tuple, args.seed)
+    if args.head == "mask" and not its_own and args.steps:
+        batch = by_shape([draws[j] for j in range(args.batch_size)])
+        start, = cached(vit, [batch], task, args.freeze, device, dtype)
+        head.whiten(torch.cat([x.flatten(0, 2) for x, _ in start]).to(device, wide))
+
+    trained = [[*part.parameters()] for part in ([head] if args.freeze else [head, vit.train()])]
+    rates = args.lr * (1 if args.from_scratch else HEAD_LR), args.lr
+    optimizer = torch.optim.AdamW([dict(params=part, lr=lr) for part, lr in zip(trained, rates)],
+                                  weight_decay=0.01)
+    schedule = one_cycle(optimizer, args.steps)
+    scaler = torch.amp.GradScaler(device, enabled=dtype == torch.float16)
+    compiles = args.compile and not args.freeze         # frozen: each of many shapes would compile
+    loss_of = torch.compile(task_loss, fullgraph=True) if compiles else task_loss
+    score_of = partial(evaluate, vit, head, val, task, args.freeze, len(classes), device, dtype)
+    facts = dict(task=task, classes=classes, ids=ids, size=args.size, frozen=args.freeze,
+                 seed=args.seed, head_kind=args.head)
+    write = partial(save_vit, vit, head=head, stage=f"{stage}+finetune", **facts)
+    progress = start_progress(head=head, vit=nn.Identity() if args.freeze else vit,
+                              optimizer=optimizer, schedule=schedule, scaler=scaler)
+    out, kept, i = progress.out, progress.kept, len(progress.kept["rows"])
+    order = range(progress.step * args.batch_size + RANK, args.steps * args.batch_size, WORLD)
+    train = loader(draws, args.batch_size // WORLD, sampler=order, pin_memory=device == "cuda",
+                   num_workers=0 if args.freeze else args.workers)
+    with progress:
+        for step, batch in enumerate(train, progress.step + 1):
+            total = count = 0
+            for inputs, targets in batch:               # one shape each; of crops there is one
+                inputs, targets = (x.to(device, non_blocking=True) for x in (inputs, targets))
+                part = loss_of(vit, head, inputs, targets, task, args.freeze, dtype)    # the stage
+                total, count = total + part[0], count + part[1]
+            count = average([count.to(total.dtype)])[0]
+            loss = total / count.clamp(min=1)           # crops may hold ignored pixels only
+            if args.align:
+                loss = loss + args.align * alignment(teacher, vit, inputs, dtype)
+            scaler.scale(loss).backward()
+            row = dict(weights=spec, lr=update(scaler, optimizer, schedule, trained))
+            if step % args.every == 0:
+                row["held_out"] = score_of()[0]
+                if row["held_out"] > kept["best"]:
+                    kept["best"] = row["held_out"]
+                    write(out / f"{i}-{task}-best.safetensors", best=dict(
+                        step=step, score=kept["best"], chosen_on="held-out part"))
+            progress.done(average([loss.detach()])[0].item(), **row)
+
+    checkpoint = out / f"{i}-{task}.safetensors"
+    write(checkpoint)
+    score, per_class = score_of()
+    look = torch.no_grad()(lambda photo: logits_of(     # photo by photo: what one costs, a picture
+        vit, head, photo[None].to(device), task, False, dtype))
+    shown = [held_out[j][0] for j in range(min(6, len(held_out)))]
+    first = partial(look, shown[0][0])
+    if segment:
+        kept["guesses"].append((f"{spec}: {vit.attention}, mIoU {score:.1f}", [upsampled_classes(
+            look(photo), mask.shape)[0].byte().cpu() for photo, mask in shown]))
+        photos, masks = zip(*shown)
+        picture(out / "segment.png", [("photo", photos), ("truth", masks), *kept["guesses"]],
+                classes, ids)
+    kept["rows"].append(dict(
+        weights=spec, stage=stage, score=score, metric="mIoU" if segment else "top-1",
+        attention=vit.attention + f"+{vit.keep_softmax} softmax" * (vit.keep_softmax > 0),
+        per_class={name: None if math.isnan(value) else value       # JSON knows no NaN
+                   for name, value in zip(classes, per_class)},
+        images_per_s=1e3 / min(timed(first, device) for _ in range(3)),
+        peak_mb=peak_memory(first, device), seconds=progress.seconds, kept_head=its_own,
+        held_out=len(val_source), steps=args.steps, batch_size=args.batch_size, lr=args.lr,
+        device=device, dtype=str(dtype), checkpoint=str(checkpoint), **facts))
+    kept["best"] = -1.0                                 # of the next row
+    write_whole(out / "metrics.json", kept["rows"])
+    if len(kept["rows"]) == len(args.weights):
+        progress.finish()
+
+
 def main(argv=None):
     args = parse(argv)
     device, dtype = device_and_dtype(args.dtype)
     if args.predict:
         return predict(args, device, dtype)
-
-    wide = torch.promote_types(dtype, torch.float32)    # of weights, loss and logits
+    wide, files = torch.promote_types(dtype, torch.float32), [args.teacher]
     teacher = load_vit(args.teacher).to(device, wide) if args.align else None
-    files = [args.teacher]
     for spec in args.weights:                           # all must be good before we start
-        model, file, _ = load_backbone(spec, args.from_scratch)
-        files += [file] * (not args.from_scratch)
-        if args.align and (teacher.attention != "softmax" or "softmax" in model.attention
-                           or model.arch != teacher.arch):
+        vit, file, _ = load_backbone(spec, args.from_scratch)
+        files.append(file)
+        if args.align and (teacher.attention != "softmax" or "softmax" in vit.attention
+                           or vit.arch != teacher.arch):
             raise InputError(f"--align: expected a linear student and its softmax teacher, found "
-                             f"{spec}, {model.attention}, and {args.teacher}, {teacher.attention}")
+                             f"{spec}, {vit.attention}, and {args.teacher}, {teacher.attention}")
         if args.size is None:
-            args.size = model.facts.get("size", model.arch.pixels[0])
-        args.head = args.head or model.facts.get("head_kind")
-        model.grid(args.size, args.size)
+            args.size = vit.facts.get("size", vit.arch.pixels[0])
+        args.head = args.head or vit.facts.get("head_kind")
+        vit.grid(args.size, args.size)
     segment = args.task == "segment"
     args.head = segment and args.head or "linear"
     if args.lr is None:
         args.lr = 3e-3 if args.freeze and segment and args.head == "linear" else 1e-4
-    source, val_source, classes, ids = load_data(args.data, args.task, args.ignore)
-    new_head = partial(make_head, task=args.task, classes=len(classes), kind=args.head)
-    keep = partial(kept_head, task=args.task, classes=classes, ids=ids, kind=args.head)
+    source, val_source, classes, ids = data = load_data(args.data, args.task, args.ignore)
     for spec in args.weights if args.steps == 0 else ():
-        model, file, _ = load_backbone(spec, args.from_scratch)
-        head = new_head(model.arch, attention=model.attention)
-        if args.from_scratch or not keep(head, file):
+        if not begin_row(spec, args, classes, ids)[-1]:
             raise InputError(f"--steps 0 only scores, but {spec} has no head for these classes")
     masks = [zlib.crc32(item[-1].read_bytes()) for part in (source, val_source) if segment
              for item in bar(part, "hashing masks") if isinstance(item[-1], Path)]
     mark = fingerprint(files, source, val_source, masks)
     out, saved = open_out(args, [*args.weights, args.data, args.teacher], mark)
-    lookup = torch.full((256,), IGNORE, dtype=torch.uint8)
-    lookup[ids] = torch.arange(len(ids), dtype=torch.uint8)
-    read = partial(read_item, task=args.task, lookup=lookup, short=args.size)
-    crop, whole = views(args.size)
-    if segment:
-        fill = {tv_tensors.Mask: IGNORE, "others": 124}             # about the mean of photos
-        crop = v2.Compose([v2.RandomResize(args.size // 2, 2 * args.size, **BICUBIC),
-                           v2.RandomCrop(args.size, pad_if_needed=True, fill=fill),
-                           v2.RandomHorizontalFlip()])
-    crop = crop if args.data else v2.RandomHorizontalFlip()
-    # A generator of its own: scoring leaves other randomness alone.
-    loader = partial(DataLoader, num_workers=args.workers, pin_memory=device == "cuda",
-                     collate_fn=by_shape, generator=torch.Generator(), worker_init_fn=leave_signals)
-    in_order = partial(loader, batch_size=args.batch_size, pin_memory=False)    # caches are large
     print(f"{args.task}: {len(source)} images of {args.size} pixels, {len(val_source)} held out, "
           f"{len(classes)} classes, {'head alone' if args.freeze else 'head and backbone'}, "
           f"{device}, {dtype}")
     kept = saved["kept"] if saved else dict(rows=[], guesses=[], best=-1.0)
-    rows, guesses, first = kept["rows"], kept["guesses"], len(kept["rows"])
+    rows = kept["rows"]
+    for spec in args.weights[len(rows):]:
+        start_progress = partial(Progress, args, out, saved, mark, kept)
+        fine_tune(spec, args, data, teacher, start_progress, device, dtype)
+        saved = None                                    # it was of the row that had been stopped
 
-    for i, spec in enumerate(args.weights[first:], first):
-        # free the row before: its caches, network and optimizer
-        found = items = draws = val = train = score_of = progress = optimizer = groups = None
-        torch.compiler.reset()                          # each row compiles and caches anew
-        torch.manual_seed(args.seed)
-        vit, file, stage = load_backbone(spec, args.from_scratch)
-        torch.manual_seed(args.seed)                    # the same head for each row
-        head = new_head(vit.arch, attention=vit.attention)
-        its_own = not args.from_scratch and keep(head, file)
-        vit, head = vit.to(device, wide), head.to(device, wide)
-        if segment:
-            whole = partial(fitted, size=args.size, patch=vit.arch.patch)
-        draws, val = Draws(source, read, crop, args.seed), in_order(Draws(val_source, read, whole))
-        if args.freeze:                                 # features of whole photos, computed once
-            vit.eval().requires_grad_(False)
-            short = partial(whole, points=POINTS) if segment else whole
-            photos = in_order(Draws(source, read, short)) if args.steps else []
-            found, val = (cached(vit, part, args.task, False, device, dtype)
-                          for part in (photos, val))
-            items = [item for batch in found for group in batch for item in zip(*group)]
-            draws = Draws(items, tuple, tuple, args.seed)
-        if args.head == "mask" and not its_own and args.steps:
-            start = cached(vit, [next(iter(in_order(draws, sampler=range(args.batch_size))))],
-                           args.task, args.freeze, device, dtype)
-            head.whiten(torch.cat([x.flatten(0, 2) for x, _ in start[0]]).to(device, wide))
-        head_lr = args.lr if args.from_scratch else HEAD_LR * args.lr
-        groups = [dict(params=list(head.parameters()), lr=head_lr)]
-        if not args.freeze:
-            groups.append(dict(params=list(vit.train().parameters()), lr=args.lr))
-        optimizer = torch.optim.AdamW(groups, weight_decay=0.01)
-        schedule = one_cycle(optimizer, args.steps)
-        scaler = torch.amp.GradScaler(device, enabled=dtype == torch.float16)
-        loss_of = task_loss
-        if args.compile and not args.freeze:            # frozen: each of many shapes would compile
-            loss_of = torch.compile(task_loss, fullgraph=True)
-
-        facts = dict(task=args.task, classes=classes, ids=ids, size=args.size, frozen=args.freeze,
-                     seed=args.seed, head_kind=args.head)
-        progress = Progress(args, out, saved if i == first else None, mark, kept, head=head,
-                            vit=nn.Identity() if args.freeze else vit, optimizer=optimizer,
-                            schedule=schedule, scaler=scaler)
-        order = range(progress.step * args.batch_size + RANK, args.steps * args.batch_size, WORLD)
-        train = loader(draws, args.batch_size // WORLD, sampler=order,
-                       num_workers=0 if args.freeze else args.workers)
-        score_of = partial(evaluate, vit, head, val, args.task, args.freeze, len(classes), device,
-                           dtype)
-        with progress:
-            for step, batch in enumerate(train, progress.step + 1):
-                total = count = 0
-                for inputs, targets in batch:           # one shape each; of crops there is one
-                    inputs, targets = (x.to(device, non_blocking=True) for x in (inputs, targets))
-                    part = loss_of(vit, head, inputs, targets, args.task, args.freeze, dtype)
-                    total, count = total + part[0], count + part[1]
-                count = average([count.to(total.dtype)])[0]
-                loss = total / count.clamp(min=1)       # crops may hold ignored pixels only
-                if args.align:
-                    loss = loss + args.align * alignment(teacher, vit, inputs, dtype)
-                scaler.scale(loss).backward()
-                row = dict(weights=spec, lr=update(scaler, optimizer, schedule,
-                                                   [group["params"] for group in groups]))
-                if step % args.every == 0:
-                    row["held_out"] = score_of()[0]
-                    if row["held_out"] > kept["best"]:
-                        kept["best"] = row["held_out"]
-                        save_vit(vit, out / f"{i}-{args.task}-best.safetensors", head=head,
-                                 stage=f"{stage}+finetune", **facts, best=dict(
-                                     step=step, score=kept["best"], chosen_on="held-out part"))
-                progress.done(average([loss.detach()])[0].item(), **row)
-        checkpoint = out / f"{i}-{args.task}.safetensors"
-        save_vit(vit, checkpoint, head=head, stage=f"{stage}+finetune", **facts)
-        score, per_class = score_of()
-        per_class = {name: None if math.isnan(value) else value
-                     for name, value in zip(classes, per_class)}
-        kept_softmax = f"+{vit.keep_softmax} softmax" * (vit.keep_softmax > 0)
-        rows.append(dict(weights=spec, attention=vit.attention + kept_softmax, stage=stage,
-                         score=score,
-                         metric="mIoU" if segment else "top-1", kept_head=its_own,
-                         held_out=len(val_source), per_class=per_class, steps=args.steps,
-                         batch_size=args.batch_size, lr=args.lr, device=device, dtype=str(dtype),
-                         seconds=progress.seconds, checkpoint=str(checkpoint), **facts))
-        kept["best"] = -1.0                             # of the next row
-        held_out = Draws(val_source, read, whole)
-        shown = [held_out[j][0] for j in range(min(6, len(held_out)))]
-        with torch.no_grad():                           # photo by photo: what one costs, a picture
-            look = lambda photo: logits_of(vit, head, photo[None].to(device), args.task, False,
-                                           dtype)
-            speed = 1e3 / min(timed(partial(look, shown[0][0]), device) for _ in range(3))
-            rows[-1] |= dict(images_per_s=speed, peak_mb=peak_memory(
-                partial(look, shown[0][0]), device))
-            if segment:
-                guesses.append((f"{spec}: {vit.attention}, mIoU {score:.1f}", [upsampled_classes(
-                    look(photo), mask.shape)[0].byte().cpu() for photo, mask in shown]))
-        write_whole(out / "metrics.json", rows)
-
-    if segment and RANK == 0:
-        photos, masks = zip(*shown)
-        picture(out / "segment.png", [("photo", photos), ("truth", masks), *guesses], classes, ids)
+    if segment:
         print(f"\n{'IoU of class':25s} id", *(f"  row {i}" for i in range(len(rows))))
         for id, name in zip(ids, classes):
             found = (row["per_class"][name] for row in rows)
@@ -748,7 +730,6 @@ def main(argv=None):
     for row in rows:
         print(f"{row['score']:6.2f} {row['images_per_s']:6.2f} {row['peak_mb']:6.0f}  "
               f"{row['attention']:11s} {row['stage']:20s} {row['weights']}")
-    progress.finish()
     print(f"wrote {out / 'metrics.json'}")
 
 

@@ -855,6 +855,18 @@ def note_unread(messages, unread, listed):
 # --------------------------------------------------------------------------------------------------
 # Runs: flags, torchrun's processes, and the state from which a stopped run goes on
 
+def pair_flags(flag, demo):
+    """The flags of stages 1 and 2 that name a pair of ViTs and the photos to align them on."""
+    flag("--teacher", help="softmax ViT to imitate: a known name, a file of ours or NAME=FILE "
+         f"(demo: {demo['teacher']})")
+    flag("--student", help="a student of this teacher to train further (default: the teacher, "
+         f"swapped; demo: {demo.get('student', 'the same')})")
+    flag("--attention", choices=ATTENTION, help="operator without --student (default: linear)")
+    flag("--keep-softmax", type=int, default=0, help="this many last blocks keep softmax, O(N^2) "
+         "(default: 0, all are linear)")
+    flag("--data", nargs="+", help="folders of images, or torchvision sets (default: the demo's)")
+
+
 def run_flags(flag, out, defaults, demo):
     """The flags that say nothing of the method, the same in all stages."""
     flag("--size", type=int, help="pixels, a multiple of the patch (default: that of a fine-tuned "
@@ -921,7 +933,8 @@ def device_and_dtype(name):
 
 
 def autocast(device, dtype):
-    """torch.autocast for half precision; in float32 and float64 everything stays as it is."""
+    """torch.autocast for half precision; in float32 and float64 everything stays as it is.
+    What is compiled enters it inside, since its backward runs under the autocast of its call."""
     return torch.autocast(device, dtype, enabled=dtype in (torch.bfloat16, torch.float16))
 
 
