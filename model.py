@@ -2,9 +2,8 @@
 
 ViT-AdaLA (arXiv 2603.16063) turns a pretrained softmax ViT, O(N^2) in its tokens, into a
 linear-attention ViT, O(N): `align_attention.py` (stage 1), `align_features.py` (stage 2) and
-`finetune.py` (stage 3), read and run in that order. This file holds what the stages must agree on:
-attention operators, network, weight files, photos. The method ends with class ViT; what follows
-reads and writes files, and refuses in one sentence those that it cannot use.
+`finetune.py` (stage 3), read and run in that order. This file holds what they share: operators and
+network, which end with class ViT and are the method; then weight files, photos, runs.
 
     teacher = load_vit("vit_small_patch14_dinov2")      # a name (downloads), our file, or NAME=FILE
     student = linearize(teacher, "linear")              # the same weights, another operator
@@ -29,7 +28,7 @@ import sys
 import time
 import zlib
 from collections import Counter, defaultdict
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
 from itertools import count, product
@@ -47,19 +46,7 @@ from safetensors.torch import load, save
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
 from torchvision import datasets
 from torchvision.transforms import v2
-from torchvision.transforms.v2 import InterpolationMode
-from torchvision.transforms.v2.functional import pil_to_tensor
 from tqdm import tqdm
-
-
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))      # torchrun's
-
-
-class InputError(Exception):
-    """What the user gave cannot be used; one line: file, flag or tensor; expected; found."""
-
-    def __init__(self, message):                        # files' names may hold line breaks
-        super().__init__("".join(c if c.isprintable() else " " for c in str(message)))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -80,7 +67,6 @@ def softmax_attention(q, k, v):
 class EluPlusOne(torch.autograd.Function):
     """phi(x) = 1 + ELU(x) > 0 (Katharopoulos et al. 2020), constant below -30, where 1e-13 is left:
     queries and keys far below 0 attend to all alike, the mean of V, and never divide 0 by 0.
-
     Adding 1 to F.elu would round to 0 in bfloat16 below -6. The slope, min(phi, 1), is written out:
     with autograd's, a training step takes 8 to 9 % longer (CPU, results/README.md).
     """
@@ -156,8 +142,7 @@ class Hedgehog(Operator):
 class LinearConv(Operator):
     """Linear attention, plus a depthwise convolution on V over the grid that starts at zero.
 
-    It gives each patch its neighbours (JetViT), which no sum over all keys can single out. CLS and
-    registers bypass it.
+    Each patch gets its neighbours (JetViT), as no sum over all keys could; the prefix bypasses it.
     """
 
     def __init__(self, arch):
@@ -229,16 +214,14 @@ def rotate(x, grid):
     """Rotary positions of DINOv3 (arXiv 2508.10104): turn pairs of features by a patch's place.
 
     x: queries or keys (B, H, prefix + N, D) -> the same shape; prefix tokens are not turned.
-    Linear attention sees the turned q and k, as softmax does: still O(N), and positive weights that
-    sum to 1. What is lost: phi(q) . phi(k) does not depend on the offset of two patches alone;
-    stage 1 has to make up for it.
+    Linear attention sees the turned q and k, too: still O(N), and positive weights that sum to 1.
+    But phi(q) . phi(k) depends on more than two patches' offset; stage 1 has to make up for it.
     """
     rows, columns = (((torch.arange(n, device=x.device) + 0.5) / n) * 2 - 1 for n in grid)
     place = torch.stack(torch.meshgrid(rows, columns, indexing="ij"), dim=-1).view(-1, 2, 1)
     quarter = x.shape[-1] // 4
     period = 100 ** (torch.arange(quarter, device=x.device) / quarter)
-    angle = 2 * math.pi * place / period                # (N, 2, D/4)
-    angle = angle.flatten(1).repeat(1, 2)               # (N, 2, D/4) -> (N, D/2) -> (N, D)
+    angle = (2 * math.pi * place / period).flatten(1).repeat(1, 2)      # (N, 2, D/4) -> (N, D)
     prefix, patches = x.tensor_split([x.shape[-2] - len(angle)], dim=-2)
     first, second = patches.chunk(2, dim=-1)
     turned = patches * angle.cos() + torch.cat([-second, first], dim=-1) * angle.sin()
@@ -257,8 +240,7 @@ class Attention(nn.Module):
 
     def project(self, x):
         """(B, N, C) -> q, k, v, each (B, H, N, D)."""
-        B, N, C = x.shape
-        qkv = self.qkv(x).view(B, N, 3, self.heads, C // self.heads)    # (B,N,3C) -> (B,N,3,H,D)
+        qkv = self.qkv(x).unflatten(2, (3, self.heads, -1))             # (B,N,3C) -> (B,N,3,H,D)
         return qkv.permute(2, 0, 3, 1, 4).unbind(0)
 
     def attend(self, q, k, v, grid):
@@ -281,8 +263,7 @@ class LayerScale(nn.Module):
         return x * self.gamma
 
 
-ACTIVATIONS = {"gelu": F.gelu,
-               "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x)}    # of OpenAI's CLIP
+ACTIVATIONS = {"gelu": F.gelu, "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x)}    # CLIP's
 
 
 class Mlp(nn.Module):
@@ -333,8 +314,7 @@ class ViT(nn.Module):
         super().__init__()
         if attention not in ATTENTION:
             raise InputError(f"attention '{attention}' is unknown: expected {', '.join(ATTENTION)}")
-        self.arch, self.attention, self.facts = arch, attention, {}
-        self.keep_softmax = keep_softmax
+        self.arch, self.attention, self.keep_softmax, self.facts = arch, attention, keep_softmax, {}
         self.patch_embed = PatchEmbed(arch)
         if arch.position != "rotary":
             rows = arch.grid[0] * arch.grid[1] + arch.cls_position
@@ -344,9 +324,9 @@ class ViT(nn.Module):
         if arch.registers:
             self.reg_token = nn.Parameter(torch.zeros(1, arch.registers, arch.width))
         self.norm_pre = nn.LayerNorm(arch.width, eps=arch.eps) if arch.norm_pre else nn.Identity()
-        changed = max(0, arch.depth - keep_softmax)
-        self.blocks = nn.ModuleList(Block(arch, attention if i < changed else "softmax")
-                                    for i in range(arch.depth))
+        self.blocks = nn.ModuleList(
+            Block(arch, attention if i + keep_softmax < arch.depth else "softmax")
+            for i in range(arch.depth))
         self.norm = nn.LayerNorm(arch.width, eps=arch.eps)
         # Initialise for training from scratch. Operators initialise their own parameters.
         for name, tensor in self.named_parameters():
@@ -367,20 +347,18 @@ class ViT(nn.Module):
         cls, table = self.pos_embed.tensor_split([int(arch.cls_position)], dim=1)
         if grid != tuple(arch.grid):
             table = table.unflatten(1, arch.grid).permute(0, 3, 1, 2)   # -> (1, C, rows, columns)
-            if arch.position == "dinov2":               # the official rule: an offset of 0.1
-                scale = [(n + 0.1) / m for n, m in zip(grid, arch.grid)]
-                table = F.interpolate(table, scale_factor=scale, mode="bicubic")
-            else:                                       # every other family: timm's rule
-                table = F.interpolate(table, size=grid, mode="bicubic", antialias=True)
+            rule = dict(size=grid, antialias=True)      # timm's
+            if arch.position == "dinov2":               # the official one: an offset of 0.1
+                rule = dict(scale_factor=[(n + 0.1) / m for n, m in zip(grid, arch.grid)])
+            table = F.interpolate(table, mode="bicubic", **rule)
             table = table.flatten(2).transpose(1, 2)    # (1, C, rows, columns) -> (1, N, C)
         return cls, table
 
     def grid(self, height, width):
         """Image height and width in pixels -> (rows, columns) of patches."""
         patch = self.arch.patch
-        if height < patch or width < patch or height % patch or width % patch:
-            raise InputError(f"image size {height} x {width} is not a multiple of the patch, "
-                             f"{patch} pixels")
+        if min(height, width) < 1 or height % patch or width % patch:
+            raise InputError(f"size {height} x {width}: expected multiples of the patch, {patch}")
         return height // patch, width // patch
 
     def embed(self, images):
@@ -407,6 +385,7 @@ class ViT(nn.Module):
 # --------------------------------------------------------------------------------------------------
 # Weights: known names, reading, swapping the operator, writing
 
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))      # torchrun's
 HUB = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
 SIZES = {"tiny": (192, 12), "small": (384, 12), "base": (768, 12), "large": (1024, 24)}
 HALF = dict(mean=(0.5,) * 3, std=(0.5,) * 3)
@@ -448,6 +427,13 @@ MARK = "patch_embed.proj.weight"                        # every ViT has it, by t
 OTHER_TASKS = ("head", "mask_token", "fc_norm", "attn_pool")            # no part of a backbone
 RENAMED = {r"^(blocks\.\d+\.)gamma_([12])$": r"\1ls\2.gamma",           # by timm, of DINOv3
            r"^(blocks\.\d+\.attn\.)map_([qk])\.weight$": r"\1operator.map_\2"}    # once by us
+
+
+class InputError(Exception):
+    """What the user gave cannot be used; one line: file, flag or tensor; expected; found."""
+
+    def __init__(self, message):                        # files' names may hold line breaks
+        super().__init__("".join(c if c.isprintable() else " " for c in str(message)))
 
 
 class HubsReply(HTTPRedirectHandler):
@@ -569,12 +555,11 @@ def load_vit(spec, attention=None):
     try:
         saved = {key: tuple(value) if isinstance(value, list) else value
                  for key, value in facts.pop("architecture", {}).items() if key != "interpolation"}
-        arch = KNOWN[name] if not saved and name else Architecture(**saved)
+        arch = Architecture(**saved) if saved or name is None else KNOWN[name]
         model = ViT(arch, facts.pop("attention", "softmax"), facts.pop("keep_softmax", 0))
         tensors = clean(tensors, path)
-        bad = [key for key, tensor in tensors.items()
-               if not tensor.is_floating_point() or not tensor.isfinite().all()]
-        if bad:
+        if bad := [key for key, tensor in tensors.items()
+                   if not tensor.is_floating_point() or not tensor.isfinite().all()]:
             raise InputError(f"expected floating-point tensors without NaN, not {bad[:3]}")
         model.load_state_dict(tensors)
     except Exception as error:                          # names, shapes or kinds differ
@@ -606,12 +591,11 @@ def load_pair(teacher, student=None, attention=None, keep_softmax=0):
 
     student: a file that this teacher aligned; None starts from the teacher's weights.
     """
-    theirs, digest = load_vit(teacher), hashlib.sha256()
+    theirs = load_vit(teacher)
     if theirs.attention != "softmax":
         raise InputError(f"{teacher} cannot teach: expected softmax, found {theirs.attention}")
-    for name, tensor in sorted(theirs.state_dict().items()):
-        digest.update(name.encode() + tensor.numpy().tobytes())
-    digest = digest.hexdigest()
+    digest = hashlib.sha256(b"".join(name.encode() + tensor.numpy().tobytes() for name, tensor
+                                     in sorted(theirs.state_dict().items()))).hexdigest()
     if not 0 <= keep_softmax < theirs.arch.depth:
         raise InputError(f"--keep-softmax {keep_softmax}: expected 0 to {theirs.arch.depth - 1}")
     if student is None:
@@ -662,7 +646,7 @@ def save_vit(model, path, head=None, **facts):
 # --------------------------------------------------------------------------------------------------
 # Photos: one reader, one listing, one order of draws
 
-BICUBIC = dict(interpolation=InterpolationMode.BICUBIC, antialias=True)     # of every family
+BICUBIC = dict(interpolation=v2.InterpolationMode.BICUBIC, antialias=True)  # of every family
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm"}
 SETS = {            # torchvision's downloads: class, its word for a part, training, held-out part
     "imagenette": (partial(datasets.Imagenette, size="320px"), "split", "train", "val"),
@@ -703,10 +687,10 @@ def read_image(source, short=None):
     image = decode(source, short)
     if image.mode[0] not in "FI":                       # floats; integers, "I;16" among them
         try:
-            return pil_to_tensor(image.convert("RGB"))
+            return v2.functional.pil_to_tensor(image.convert("RGB"))
         except ValueError as error:                     # a colour space that Pillow cannot convert
             raise InputError(f"{source} is not a readable image: {one_line(error)}") from None
-    pixels = pil_to_tensor(image.convert("F")) / (1 if image.mode == "F" else 65535)
+    pixels = v2.functional.pil_to_tensor(image.convert("F")) / (1 if image.mode == "F" else 65535)
     unsaid = image.mode == "I" and image.format != "PPM"
     if unsaid or not ((pixels >= 0) & (pixels <= 1)).all():
         raise InputError(f"{source} is an image of unknown range: expected 8 or 16 bits or floats "
@@ -738,9 +722,11 @@ def is_label_map(path):
         return False
 
 
-def say_left_out(folder, suffixes):
-    if reasons := ", ".join(f"{n} {suffix}" for suffix, n in Counter(suffixes).most_common()):
-        print(f"{folder}: {len(suffixes)} files not read: {reasons}")
+def say_left_out(folder, files):
+    suffixes = Counter(path.suffix.lower() or "without suffix" for path in files)
+    if suffixes:
+        reasons = ", ".join(f"{n} {suffix}" for suffix, n in suffixes.most_common())
+        print(f"{folder}: {len(files)} files not read: {reasons}")
 
 
 def find_images(folder):
@@ -753,11 +739,8 @@ def find_images(folder):
         raise InputError(f"{folder}: no such folder")
     by_folder, others = defaultdict(list), []
     for path in walk(folder):
-        suffix = path.suffix.lower()
-        if suffix in SUFFIXES:
-            by_folder[path.parent].append(path)
-        else:
-            others.append(suffix or "without suffix")
+        kind = by_folder[path.parent] if path.suffix.lower() in SUFFIXES else others
+        kind.append(path)
     say_left_out(folder, others)
     first = {name: paths[:8] for name, paths in by_folder.items()}
     labels = [name for name in first if 2 * sum(map(is_label_map, first[name])) > len(first[name])]
@@ -857,17 +840,18 @@ def note_unread(messages, unread, listed):
 
 def run_flags(flag, out, defaults, demo):
     """The flags that say nothing of the method, the same in all stages."""
+    cuda = torch.cuda.is_available()
     flag("--size", type=int, help="pixels, a multiple of the patch (default: that of a fine-tuned "
          "checkpoint, else the weights' native)")
     for key in ("steps", "batch_size"):
         flag(f"--{key.replace('_', '-')}", type=int,
              help=f"(default: {defaults[key]}, demo: {demo[key]})")
-    flag("--workers", type=int, help="processes that load photos (default: up to 8 on a "
-         "GPU, else 0)")
+    flag("--workers", type=int, default=min(8, os.cpu_count() or 1) if cuda else 0,
+         help="processes that load photos (default: up to 8 on a GPU, else 0)")
     flag("--dtype", choices=("auto", "float64", "float32", "bfloat16", "float16"), default="auto",
          help="of autocast (default: auto, bfloat16 where the machine has it, float16 on older "
          "GPUs, else float32); float64: weights and all computation")
-    flag("--compile", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available(),
+    flag("--compile", action=argparse.BooleanOptionalAction, default=cuda,
          help="torch.compile (default: on a GPU)")
     flag("--seed", type=int, default=0, help="of photos, crops, flips and heads (default: 0)")
     flag("--out", default=out, help=f"folder to write (default: {out})")
@@ -883,8 +867,6 @@ def complete(args, defaults, demo):
             setattr(args, key, value)
     if "teacher" in demo and args.teacher is None:
         raise InputError("--teacher is missing: with --data, name the softmax ViT to imitate")
-    if args.workers is None:
-        args.workers = min(8, os.cpu_count() or 1) if torch.cuda.is_available() else 0
     if args.every is None:
         args.every = max(1, args.steps // 10)
     if args.data is None and demo != defaults:
@@ -1030,12 +1012,12 @@ def open_out(args, inputs, read=""):
     for given in map(str, filter(None, inputs)):
         forms = {given, given.partition("=")[2], "data" if given in SETS else ""}
         forms |= {form.rpartition(":")[0] for form in forms}            # NAME=FILE:OPERATOR
-        for file in (Path(form) for form in forms if form and os.path.exists(form)):
-            links = os.path.realpath(file), f"{os.path.realpath(file.parent)}/{file.name}"
-            for real in map(Path, links):
-                if out == real or out in real.parents or real in out.parents:
-                    raise InputError(f"--out {args.out} is, holds or lies in {given}, which is "
-                                     "read: name another folder")
+        files = [Path(form) for form in forms if form and os.path.exists(form)]
+        links = [file.parent.resolve() / file.name for file in files]
+        for real in links + [file.resolve() for file in files]:
+            if out in (real, *real.parents) or real in out.parents:
+                raise InputError(f"--out {args.out} is, holds or lies in {given}, which is read: "
+                                 "name another folder")
     state, mark = out / "state.pt", out / "run.json"
     settings = json.loads(json.dumps({"script": Path(sys.argv[0]).name, **vars(args)}))
     try:
@@ -1173,23 +1155,21 @@ class Progress:
         """The run is over and its files are written: no state is needed. Draws the log's curves."""
         if RANK > 0:                                    # it may be over before rank 0 has written
             return
-        try:
+        with suppress(ModuleNotFoundError):             # without matplotlib no curves
             from matplotlib.figure import Figure
             rows = [json.loads(line) for line in open(self.out / "log.jsonl")]
-        except ModuleNotFoundError:
-            rows = []
-        if rows:
             figure = Figure(figsize=(8, 4), layout="constrained")
             axes = figure.subplots(1, 2)
-            names = dict.fromkeys(row.get("weights") for row in rows)
+            names = dict.fromkeys(row.get("weights") for row in rows)       # None in stages 1, 2
             for (key, axis), name in product(zip(("loss", "held_out"), axes), names):
                 curve = [(row["step"], row[key]) for row in rows
                          if key in row and row.get("weights") == name]
                 axis.plot(*zip(*curve), label=name, linewidth=1)
                 axis.set(xlabel="step", title=key.replace("_", " "))
-            if any(names):                              # stage 3: a curve for each of --weights
+            if any(names):
                 axes[0].legend(fontsize=6)
-            write_whole(self.out / "curves.png", partial(figure.savefig, dpi=100))
+            if rows:
+                write_whole(self.out / "curves.png", partial(figure.savefig, dpi=100))
         (self.out / "state.pt").unlink(missing_ok=True)
 
 
