@@ -140,10 +140,8 @@ class Hedgehog(Operator):
 
 
 class LinearConv(Operator):
-    """Linear attention, plus a depthwise convolution on V over the grid that starts at zero.
-
-    Each patch gets its neighbours (JetViT), as no sum over all keys could; the prefix bypasses it.
-    """
+    """Linear attention, plus a depthwise convolution on V over the grid that starts at zero. Each
+    patch gets its neighbours (JetViT), as no sum over all keys could; the prefix bypasses it."""
 
     def __init__(self, arch):
         super().__init__(arch, bias_shift=-4.0)
@@ -195,7 +193,7 @@ class Architecture:
     eps: float = 1e-6                                   # of every LayerNorm
     mean: tuple = (0.485, 0.456, 0.406)                 # of pixels in [0, 1]; here ImageNet's
     std: tuple = (0.229, 0.224, 0.225)
-    act: str = "gelu"                                   # of the MLP, one of ACTIVATIONS
+    act: str = "gelu"                                   # of the MLP; "quick_gelu": OpenAI's CLIP
     norm_pre: bool = False                              # CLIP's first LayerNorm; no patch bias then
     qkv_bias: bool = True
 
@@ -263,18 +261,17 @@ class LayerScale(nn.Module):
         return x * self.gamma
 
 
-ACTIVATIONS = {"gelu": F.gelu, "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x)}    # CLIP's
-
-
 class Mlp(nn.Module):
+    ACTIVATIONS = {"gelu": F.gelu, "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x)}
+
     def __init__(self, arch):
         super().__init__()
-        self.act = arch.act
+        self.act = self.ACTIVATIONS[arch.act]
         self.fc1 = nn.Linear(arch.width, arch.hidden)
         self.fc2 = nn.Linear(arch.hidden, arch.width)
 
     def forward(self, x):
-        return self.fc2(ACTIVATIONS[self.act](self.fc1(x)))
+        return self.fc2(self.act(self.fc1(x)))
 
 
 class Block(nn.Module):
@@ -542,8 +539,7 @@ def load_vit(spec, attention=None):
     """A pretrained ViT or a student of ours, on the CPU, float32, in eval mode.
 
     spec: a name in KNOWN (timm's, without tag the first; downloaded once), a file that save_vit
-    wrote, or NAME=FILE for anybody else's: tensors do not tell activation, eps, pixel mean or the
-    rule of positions.
+    wrote, or NAME=FILE for anybody else's: tensors do not tell activation, eps, mean, positions.
     attention: a name in ATTENTION; None keeps the file's, softmax where it says nothing.
     Raises InputError: not readable; any tensor missing, unexpected, mis-shaped, integer or NaN.
     """
@@ -576,9 +572,7 @@ def load_vit(spec, attention=None):
 
 def linearize(model, attention="linear", keep_softmax=0):
     """A student: every weight copied, the operator swapped; the new one's parameters are fresh.
-
-    What keeps softmax is what this call says, not what the model kept.
-    """
+    What keeps softmax is what this call says, not what the model kept."""
     student = ViT(model.arch, attention, keep_softmax)
     same = (attention, keep_softmax) == (model.attention, model.keep_softmax)
     kept = {name: t for name, t in model.state_dict().items() if same or ".operator." not in name}
@@ -588,9 +582,7 @@ def linearize(model, attention="linear", keep_softmax=0):
 
 def load_pair(teacher, student=None, attention=None, keep_softmax=0):
     """Stages 1 and 2: -> (softmax teacher, student to train, sha256 of the teacher's tensors).
-
-    student: a file that this teacher aligned; None starts from the teacher's weights.
-    """
+    student: a file that this teacher aligned; None starts from the teacher's weights."""
     theirs = load_vit(teacher)
     if theirs.attention != "softmax":
         raise InputError(f"{teacher} cannot teach: expected softmax, found {theirs.attention}")
@@ -656,10 +648,11 @@ SETS = {            # torchvision's downloads: class, its word for a part, train
 }
 
 
-def decode(source, short=None):
+def decode(source, short=None, photo=False):
     """Path or PIL image -> PIL image: first frame, upright by EXIF or XMP; the content decides.
 
     short: a JPEG may be decoded at 1/2, 1/4 or 1/8, its shorter side not below twice that.
+    photo: of 8 bits, converted to RGB.
     """
     try:
         image = source
@@ -668,6 +661,8 @@ def decode(source, short=None):
         if short:
             image.draft(None, (2 * short, 2 * short))
         upright = ImageOps.exif_transpose(image)
+        if photo and upright.mode[0] not in "FI":       # floats; integers, "I;16" among them
+            upright = upright.convert("RGB")
         upright.format = image.format
         return upright
     except Exception as error:                          # junk makes decoders raise nearly anything
@@ -684,12 +679,9 @@ def read_image(source, short=None):
     source = source[0] if isinstance(source, tuple) else source
     if isinstance(source, torch.Tensor):
         return source
-    image = decode(source, short)
-    if image.mode[0] not in "FI":                       # floats; integers, "I;16" among them
-        try:
-            return v2.functional.pil_to_tensor(image.convert("RGB"))
-        except ValueError as error:                     # a colour space that Pillow cannot convert
-            raise InputError(f"{source} is not a readable image: {one_line(error)}") from None
+    image = decode(source, short, photo=True)
+    if image.mode == "RGB":
+        return v2.functional.pil_to_tensor(image)
     pixels = v2.functional.pil_to_tensor(image.convert("F")) / (1 if image.mode == "F" else 65535)
     unsaid = image.mode == "I" and image.format != "PPM"
     if unsaid or not ((pixels >= 0) & (pixels <= 1)).all():
@@ -701,9 +693,7 @@ def read_image(source, short=None):
 def walk(folder, above=()):
     """Every file below a folder, sorted; links are followed, but not in circles; no dot names."""
     above = (*above, os.path.realpath(folder))
-    for path in sorted(Path(folder).iterdir()):
-        if path.name.startswith("."):
-            continue
+    for path in sorted(p for p in Path(folder).iterdir() if not p.name.startswith(".")):
         if not path.is_dir():
             yield path
         elif (mark := path / "run.json").is_file() and b'"script"' in mark.read_bytes():
@@ -714,12 +704,10 @@ def walk(folder, above=()):
 
 def is_label_map(path):
     """Stored without loss, and of few values: a mask rather than a photo."""
-    if Path(path).suffix.lower() not in (".png", ".tif", ".tiff", ".bmp"):
-        return False
-    try:
-        return len(np.unique(decode(path))) <= 64
-    except InputError:
-        return False
+    lossless = path.suffix.lower() in (".png", ".tif", ".tiff", ".bmp")
+    with suppress(InputError):                          # a damaged photo is named when it is drawn
+        return lossless and len(np.unique(decode(path))) <= 64
+    return False
 
 
 def say_left_out(folder, files):
@@ -783,8 +771,7 @@ def unlabelled(data):
             parts.append([[path for i, path in enumerate(paths) if i % step], paths[::step]])
     train, held_out = map(ConcatDataset, zip(*parts))
     if not len(train):
-        raise InputError(f"{' '.join(map(str, data))} holds one photo: expected two or more, since "
-                         "one is held out")
+        raise InputError(f"{' '.join(map(str, data))} holds one photo, held out: expected more")
     return train, held_out
 
 
@@ -874,12 +861,11 @@ def complete(args, defaults, demo):
         if args.size != demo["size"]:
             raise InputError(f"--size {args.size}: the demo's images have {demo['size']} pixels, "
                              "--data names your own")
-    if (min(args.steps, args.workers, args.save_every) < 0 or min(args.batch_size, args.every) < 1
-            or args.lr is not None and not 0 < args.lr < math.inf):
-        raise InputError(f"--steps {args.steps} --batch-size {args.batch_size} --lr {args.lr} "
-                         f"--workers {args.workers} --every {args.every} --save-every "
-                         f"{args.save_every}: expected --batch-size, --every and --lr above 0, the "
-                         "others 0 or more")
+    for key, least in dict(steps=0, workers=0, save_every=0, batch_size=1, every=1).items():
+        if not (value := getattr(args, key)) >= least:
+            raise InputError(f"--{key.replace('_', '-')} {value}: expected {least} or more")
+    if args.lr is not None and not 0 < args.lr < math.inf:
+        raise InputError(f"--lr {args.lr}: expected a number above 0")
     if args.batch_size % WORLD:
         raise InputError(f"--batch-size {args.batch_size} is of all {WORLD} processes: expected a "
                          "multiple of their number")
@@ -929,10 +915,7 @@ def average(tensors):
 
 
 def update(scaler, optimizer, schedule, groups):
-    """One step after the backward, gradients averaged, then clipped group by group.
-
-    -> the learning rate that the last group had.
-    """
+    """After the backward: average gradients, clip them by group, step. -> the last group's rate."""
     average(p.grad for group in groups for p in group)
     scaler.unscale_(optimizer)
     for group in groups:
@@ -961,16 +944,14 @@ def views(size):
 
 def loaders(args, source, held_out, first, most=256):
     """Stages 1 and 2: -> (batches of the draws after step `first`, held-out batches in order).
-
-    At most `most` held-out photos are used: more change no table's second digit.
-    """
+    At most `most` held-out photos are used: more change no table's second digit."""
     crop, whole = views(args.size) if args.data else (v2.Identity(), v2.Identity())
     read = partial(read_image, short=args.size)
     loader = partial(DataLoader, num_workers=args.workers, pin_memory=torch.cuda.is_available(),
                      worker_init_fn=leave_signals)
     draws = range(first * args.batch_size + RANK, args.steps * args.batch_size, WORLD)
     train = loader(Draws(source, read, crop, args.seed), args.batch_size // WORLD, sampler=draws)
-    few = Subset(held_out, range(0, len(held_out), max(1, math.ceil(len(held_out) / most))))
+    few = Subset(held_out, range(0, len(held_out), math.ceil(len(held_out) / most)))
     return train, loader(Draws(few, read, whole), args.batch_size)
 
 
@@ -989,8 +970,8 @@ HELD = []                                               # a file, locked while t
 
 def hold(mark, out):
     """Refuse a folder to which another living run writes; a lock of a dead process is none."""
-    if os.name != "posix":
-        return                                          # Windows has no such lock
+    if RANK > 0 or os.name != "posix":                  # Windows has no such lock
+        return
     import fcntl
     HELD[:] = [open(mark, "r+b")]
     try:
@@ -1021,14 +1002,12 @@ def open_out(args, inputs, read=""):
     state, mark = out / "state.pt", out / "run.json"
     settings = json.loads(json.dumps({"script": Path(sys.argv[0]).name, **vars(args)}))
     try:
-        if RANK == 0 and out.is_dir() and [path for path in out.iterdir()
-                                           if path.name != f".{mark.name}.part"]:
+        if RANK == 0 and out.is_dir() and {p.name for p in out.iterdir()} - {".run.json.part"}:
             if not mark.is_file() or b'"script"' not in mark.read_bytes():
                 raise InputError(f"--out {args.out} holds files that no run of this version wrote: "
                                  "name an empty or a new folder")
-            same = json.loads(mark.read_bytes()) == settings
             hold(mark, args.out)
-            if not state.is_file() or not same:
+            if not state.is_file() or json.loads(mark.read_bytes()) != settings:
                 aside = next(p for i in count(1) if not os.path.lexists(p := Path(f"{out}-{i}")))
                 out.rename(aside)
                 print(f"--out {args.out}: an earlier run was there, now in {aside.name}")
@@ -1044,20 +1023,18 @@ def open_out(args, inputs, read=""):
             raise InputError(f"{state} is cut or damaged, or holds more than tensors: remove it, "
                              "and the same command begins anew") from None
         if saved["read"] != read:
-            raise InputError(f"--out {args.out} holds a stopped run, and a weight file or the "
-                             "photos that it read have changed: put them back, or name another "
-                             "--out")
+            raise InputError(f"--out {args.out} holds a stopped run, whose weight file or photos "
+                             "have changed: put them back, or name another --out")
         print(f"--out {args.out}: goes on from step {saved['step']} of {args.steps}")
     else:
         saved = None
         write_whole(mark, settings)
-        if RANK == 0:
-            hold(mark, args.out)
+        hold(mark, args.out)
     return Path(args.out) if os.path.realpath(args.out) == str(out) else out, saved   # "." moved
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal ended the run: its number, and what is left to say."""
+    """A signal ended the run; run() is told its number, and what is left to say."""
 
 
 def interrupt(number, _):
@@ -1122,14 +1099,10 @@ class Progress:
         stop = torch.tensor(self.signal, dtype=torch.float32,
                             device="cuda" if torch.cuda.is_available() else "cpu")
         average([stop])                                 # all processes stop after the same step
-        if stop or time.perf_counter() > self.due:
-            self.save()
         if stop:
-            raise self.stopped()
-
-    def stopped(self):
-        return Stopped(self.signal or signal.SIGTERM, f"step {self.step}, {self.out / 'state.pt'}: "
-                       "the same command goes on from here")
+            raise Stopped
+        if time.perf_counter() > self.due:
+            self.save()
 
     def save(self):
         self.log.flush()
@@ -1143,13 +1116,14 @@ class Progress:
         for number, handler in self.before.items():
             signal.signal(number, handler)
         self.bar.close()
-        if kind is None:
+        if kind in (None, Stopped):
             self.save()                                 # what follows, scoring, may be stopped, too
-            if self.signal:                             # since the last step was logged
-                raise self.stopped()
-        elif kind is Stopped and WORLD > 1:
+        if kind is Stopped and WORLD > 1:
             dist.barrier()                              # none ends before the state is written
         self.log.close()
+        if kind is Stopped or kind is None and self.signal:     # since the last step was logged
+            raise Stopped(self.signal or signal.SIGTERM, f"step {self.step}, {self.out}/state.pt: "
+                          "the same command goes on from here")
 
     def finish(self):
         """The run is over and its files are written: no state is needed. Draws the log's curves."""
