@@ -213,7 +213,7 @@ def rotate(x, grid):
 
     x: queries or keys (B, H, prefix + N, D) -> the same shape; prefix tokens are not turned.
     Linear attention sees the turned q and k, too: still O(N), and positive weights that sum to 1.
-    But phi(q) . phi(k) depends on more than two patches' offset; stage 1 has to make up for it.
+    But phi(q) . phi(k) depends not on the patches' offset alone; stage 1 has to make up for it.
     """
     rows, columns = (((torch.arange(n, device=x.device) + 0.5) / n) * 2 - 1 for n in grid)
     place = torch.stack(torch.meshgrid(rows, columns, indexing="ij"), dim=-1).view(-1, 2, 1)
@@ -586,8 +586,10 @@ def load_pair(teacher, student=None, attention=None, keep_softmax=0):
     theirs = load_vit(teacher)
     if theirs.attention != "softmax":
         raise InputError(f"{teacher} cannot teach: expected softmax, found {theirs.attention}")
-    digest = hashlib.sha256(b"".join(name.encode() + tensor.numpy().tobytes() for name, tensor
-                                     in sorted(theirs.state_dict().items()))).hexdigest()
+    digest = hashlib.sha256()
+    for name, tensor in sorted(theirs.state_dict().items()):
+        digest.update(name.encode() + tensor.numpy().tobytes())
+    digest = digest.hexdigest()
     if not 0 <= keep_softmax < theirs.arch.depth:
         raise InputError(f"--keep-softmax {keep_softmax}: expected 0 to {theirs.arch.depth - 1}")
     if student is None:
