@@ -226,7 +226,7 @@ def by_class(data):
                              "train and val in it")
         seen = [entry for entry in sorted(part.iterdir()) if not entry.name.startswith(".")]
         parts.append({entry.name: find_images(entry) for entry in seen if entry.is_dir()})
-        say_left_out(part, [f.suffix or "without suffix" for f in seen if f.is_file()])
+        say_left_out(part, [entry for entry in seen if entry.is_file()])
     classes = sorted(parts[0].keys() | parts[1].keys())
     if classes == ["images", "masks"]:
         raise InputError(f"{data} is laid out for --task segment, expected a folder for each class")

@@ -2,9 +2,8 @@
 
 ViT-AdaLA (arXiv 2603.16063) turns a pretrained softmax ViT, O(N^2) in its tokens, into a
 linear-attention ViT, O(N): `align_attention.py` (stage 1), `align_features.py` (stage 2) and
-`finetune.py` (stage 3), read and run in that order. This file holds what the stages must agree on:
-attention operators, network, weight files, photos. The method ends with class ViT; what follows
-reads and writes files, and refuses in one sentence those that it cannot use.
+`finetune.py` (stage 3), read and run in that order. This file holds what they share: operators and
+network, which end with class ViT and are the method; then weight files, photos, runs.
 
     teacher = load_vit("vit_small_patch14_dinov2")      # a name (downloads), our file, or NAME=FILE
     student = linearize(teacher, "linear")              # the same weights, another operator
@@ -29,7 +28,7 @@ import sys
 import time
 import zlib
 from collections import Counter, defaultdict
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
 from itertools import count, product
@@ -47,19 +46,7 @@ from safetensors.torch import load, save
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
 from torchvision import datasets
 from torchvision.transforms import v2
-from torchvision.transforms.v2 import InterpolationMode
-from torchvision.transforms.v2.functional import pil_to_tensor
 from tqdm import tqdm
-
-
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))      # torchrun's
-
-
-class InputError(Exception):
-    """What the user gave cannot be used; one line: file, flag or tensor; expected; found."""
-
-    def __init__(self, message):                        # files' names may hold line breaks
-        super().__init__("".join(c if c.isprintable() else " " for c in str(message)))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -80,7 +67,6 @@ def softmax_attention(q, k, v):
 class EluPlusOne(torch.autograd.Function):
     """phi(x) = 1 + ELU(x) > 0 (Katharopoulos et al. 2020), constant below -30, where 1e-13 is left:
     queries and keys far below 0 attend to all alike, the mean of V, and never divide 0 by 0.
-
     Adding 1 to F.elu would round to 0 in bfloat16 below -6. The slope, min(phi, 1), is written out:
     with autograd's, a training step takes 8 to 9 % longer (CPU, results/README.md).
     """
@@ -154,11 +140,8 @@ class Hedgehog(Operator):
 
 
 class LinearConv(Operator):
-    """Linear attention, plus a depthwise convolution on V over the grid that starts at zero.
-
-    It gives each patch its neighbours (JetViT), which no sum over all keys can single out. CLS and
-    registers bypass it.
-    """
+    """Linear attention, plus a depthwise convolution on V over the grid that starts at zero. Each
+    patch gets its neighbours (JetViT), as no sum over all keys could; the prefix bypasses it."""
 
     def __init__(self, arch):
         super().__init__(arch, bias_shift=-4.0)
@@ -210,7 +193,7 @@ class Architecture:
     eps: float = 1e-6                                   # of every LayerNorm
     mean: tuple = (0.485, 0.456, 0.406)                 # of pixels in [0, 1]; here ImageNet's
     std: tuple = (0.229, 0.224, 0.225)
-    act: str = "gelu"                                   # of the MLP, one of ACTIVATIONS
+    act: str = "gelu"                                   # of the MLP; "quick_gelu": OpenAI's CLIP
     norm_pre: bool = False                              # CLIP's first LayerNorm; no patch bias then
     qkv_bias: bool = True
 
@@ -229,16 +212,14 @@ def rotate(x, grid):
     """Rotary positions of DINOv3 (arXiv 2508.10104): turn pairs of features by a patch's place.
 
     x: queries or keys (B, H, prefix + N, D) -> the same shape; prefix tokens are not turned.
-    Linear attention sees the turned q and k, as softmax does: still O(N), and positive weights that
-    sum to 1. What is lost: phi(q) . phi(k) does not depend on the offset of two patches alone;
-    stage 1 has to make up for it.
+    Linear attention sees the turned q and k, too: still O(N), and positive weights that sum to 1.
+    But phi(q) . phi(k) depends not on the patches' offset alone; stage 1 has to make up for it.
     """
     rows, columns = (((torch.arange(n, device=x.device) + 0.5) / n) * 2 - 1 for n in grid)
     place = torch.stack(torch.meshgrid(rows, columns, indexing="ij"), dim=-1).view(-1, 2, 1)
     quarter = x.shape[-1] // 4
     period = 100 ** (torch.arange(quarter, device=x.device) / quarter)
-    angle = 2 * math.pi * place / period                # (N, 2, D/4)
-    angle = angle.flatten(1).repeat(1, 2)               # (N, 2, D/4) -> (N, D/2) -> (N, D)
+    angle = (2 * math.pi * place / period).flatten(1).repeat(1, 2)      # (N, 2, D/4) -> (N, D)
     prefix, patches = x.tensor_split([x.shape[-2] - len(angle)], dim=-2)
     first, second = patches.chunk(2, dim=-1)
     turned = patches * angle.cos() + torch.cat([-second, first], dim=-1) * angle.sin()
@@ -257,8 +238,7 @@ class Attention(nn.Module):
 
     def project(self, x):
         """(B, N, C) -> q, k, v, each (B, H, N, D)."""
-        B, N, C = x.shape
-        qkv = self.qkv(x).view(B, N, 3, self.heads, C // self.heads)    # (B,N,3C) -> (B,N,3,H,D)
+        qkv = self.qkv(x).unflatten(2, (3, self.heads, -1))             # (B,N,3C) -> (B,N,3,H,D)
         return qkv.permute(2, 0, 3, 1, 4).unbind(0)
 
     def attend(self, q, k, v, grid):
@@ -281,19 +261,17 @@ class LayerScale(nn.Module):
         return x * self.gamma
 
 
-ACTIVATIONS = {"gelu": F.gelu,
-               "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x)}    # of OpenAI's CLIP
-
-
 class Mlp(nn.Module):
+    ACTIVATIONS = {"gelu": F.gelu, "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x)}
+
     def __init__(self, arch):
         super().__init__()
-        self.act = arch.act
+        self.act = self.ACTIVATIONS[arch.act]
         self.fc1 = nn.Linear(arch.width, arch.hidden)
         self.fc2 = nn.Linear(arch.hidden, arch.width)
 
     def forward(self, x):
-        return self.fc2(ACTIVATIONS[self.act](self.fc1(x)))
+        return self.fc2(self.act(self.fc1(x)))
 
 
 class Block(nn.Module):
@@ -333,8 +311,7 @@ class ViT(nn.Module):
         super().__init__()
         if attention not in ATTENTION:
             raise InputError(f"attention '{attention}' is unknown: expected {', '.join(ATTENTION)}")
-        self.arch, self.attention, self.facts = arch, attention, {}
-        self.keep_softmax = keep_softmax
+        self.arch, self.attention, self.keep_softmax, self.facts = arch, attention, keep_softmax, {}
         self.patch_embed = PatchEmbed(arch)
         if arch.position != "rotary":
             rows = arch.grid[0] * arch.grid[1] + arch.cls_position
@@ -344,9 +321,9 @@ class ViT(nn.Module):
         if arch.registers:
             self.reg_token = nn.Parameter(torch.zeros(1, arch.registers, arch.width))
         self.norm_pre = nn.LayerNorm(arch.width, eps=arch.eps) if arch.norm_pre else nn.Identity()
-        changed = max(0, arch.depth - keep_softmax)
-        self.blocks = nn.ModuleList(Block(arch, attention if i < changed else "softmax")
-                                    for i in range(arch.depth))
+        self.blocks = nn.ModuleList(
+            Block(arch, attention if i + keep_softmax < arch.depth else "softmax")
+            for i in range(arch.depth))
         self.norm = nn.LayerNorm(arch.width, eps=arch.eps)
         # Initialise for training from scratch. Operators initialise their own parameters.
         for name, tensor in self.named_parameters():
@@ -367,20 +344,18 @@ class ViT(nn.Module):
         cls, table = self.pos_embed.tensor_split([int(arch.cls_position)], dim=1)
         if grid != tuple(arch.grid):
             table = table.unflatten(1, arch.grid).permute(0, 3, 1, 2)   # -> (1, C, rows, columns)
-            if arch.position == "dinov2":               # the official rule: an offset of 0.1
-                scale = [(n + 0.1) / m for n, m in zip(grid, arch.grid)]
-                table = F.interpolate(table, scale_factor=scale, mode="bicubic")
-            else:                                       # every other family: timm's rule
-                table = F.interpolate(table, size=grid, mode="bicubic", antialias=True)
+            rule = dict(size=grid, antialias=True)      # timm's
+            if arch.position == "dinov2":               # the official one: an offset of 0.1
+                rule = dict(scale_factor=[(n + 0.1) / m for n, m in zip(grid, arch.grid)])
+            table = F.interpolate(table, mode="bicubic", **rule)
             table = table.flatten(2).transpose(1, 2)    # (1, C, rows, columns) -> (1, N, C)
         return cls, table
 
     def grid(self, height, width):
         """Image height and width in pixels -> (rows, columns) of patches."""
         patch = self.arch.patch
-        if height < patch or width < patch or height % patch or width % patch:
-            raise InputError(f"image size {height} x {width} is not a multiple of the patch, "
-                             f"{patch} pixels")
+        if min(height, width) < 1 or height % patch or width % patch:
+            raise InputError(f"size {height} x {width}: expected multiples of the patch, {patch}")
         return height // patch, width // patch
 
     def embed(self, images):
@@ -407,6 +382,7 @@ class ViT(nn.Module):
 # --------------------------------------------------------------------------------------------------
 # Weights: known names, reading, swapping the operator, writing
 
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))      # torchrun's
 HUB = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
 SIZES = {"tiny": (192, 12), "small": (384, 12), "base": (768, 12), "large": (1024, 24)}
 HALF = dict(mean=(0.5,) * 3, std=(0.5,) * 3)
@@ -448,6 +424,13 @@ MARK = "patch_embed.proj.weight"                        # every ViT has it, by t
 OTHER_TASKS = ("head", "mask_token", "fc_norm", "attn_pool")            # no part of a backbone
 RENAMED = {r"^(blocks\.\d+\.)gamma_([12])$": r"\1ls\2.gamma",           # by timm, of DINOv3
            r"^(blocks\.\d+\.attn\.)map_([qk])\.weight$": r"\1operator.map_\2"}    # once by us
+
+
+class InputError(Exception):
+    """What the user gave cannot be used; one line: file, flag or tensor; expected; found."""
+
+    def __init__(self, message):                        # files' names may hold line breaks
+        super().__init__("".join(c if c.isprintable() else " " for c in str(message)))
 
 
 class HubsReply(HTTPRedirectHandler):
@@ -556,8 +539,7 @@ def load_vit(spec, attention=None):
     """A pretrained ViT or a student of ours, on the CPU, float32, in eval mode.
 
     spec: a name in KNOWN (timm's, without tag the first; downloaded once), a file that save_vit
-    wrote, or NAME=FILE for anybody else's: tensors do not tell activation, eps, pixel mean or the
-    rule of positions.
+    wrote, or NAME=FILE for anybody else's: tensors do not tell activation, eps, mean, positions.
     attention: a name in ATTENTION; None keeps the file's, softmax where it says nothing.
     Raises InputError: not readable; any tensor missing, unexpected, mis-shaped, integer or NaN.
     """
@@ -569,12 +551,11 @@ def load_vit(spec, attention=None):
     try:
         saved = {key: tuple(value) if isinstance(value, list) else value
                  for key, value in facts.pop("architecture", {}).items() if key != "interpolation"}
-        arch = KNOWN[name] if not saved and name else Architecture(**saved)
+        arch = Architecture(**saved) if saved or name is None else KNOWN[name]
         model = ViT(arch, facts.pop("attention", "softmax"), facts.pop("keep_softmax", 0))
         tensors = clean(tensors, path)
-        bad = [key for key, tensor in tensors.items()
-               if not tensor.is_floating_point() or not tensor.isfinite().all()]
-        if bad:
+        if bad := [key for key, tensor in tensors.items()
+                   if not tensor.is_floating_point() or not tensor.isfinite().all()]:
             raise InputError(f"expected floating-point tensors without NaN, not {bad[:3]}")
         model.load_state_dict(tensors)
     except Exception as error:                          # names, shapes or kinds differ
@@ -591,9 +572,7 @@ def load_vit(spec, attention=None):
 
 def linearize(model, attention="linear", keep_softmax=0):
     """A student: every weight copied, the operator swapped; the new one's parameters are fresh.
-
-    What keeps softmax is what this call says, not what the model kept.
-    """
+    What keeps softmax is what this call says, not what the model kept."""
     student = ViT(model.arch, attention, keep_softmax)
     same = (attention, keep_softmax) == (model.attention, model.keep_softmax)
     kept = {name: t for name, t in model.state_dict().items() if same or ".operator." not in name}
@@ -603,12 +582,11 @@ def linearize(model, attention="linear", keep_softmax=0):
 
 def load_pair(teacher, student=None, attention=None, keep_softmax=0):
     """Stages 1 and 2: -> (softmax teacher, student to train, sha256 of the teacher's tensors).
-
-    student: a file that this teacher aligned; None starts from the teacher's weights.
-    """
-    theirs, digest = load_vit(teacher), hashlib.sha256()
+    student: a file that this teacher aligned; None starts from the teacher's weights."""
+    theirs = load_vit(teacher)
     if theirs.attention != "softmax":
         raise InputError(f"{teacher} cannot teach: expected softmax, found {theirs.attention}")
+    digest = hashlib.sha256()
     for name, tensor in sorted(theirs.state_dict().items()):
         digest.update(name.encode() + tensor.numpy().tobytes())
     digest = digest.hexdigest()
@@ -662,7 +640,7 @@ def save_vit(model, path, head=None, **facts):
 # --------------------------------------------------------------------------------------------------
 # Photos: one reader, one listing, one order of draws
 
-BICUBIC = dict(interpolation=InterpolationMode.BICUBIC, antialias=True)     # of every family
+BICUBIC = dict(interpolation=v2.InterpolationMode.BICUBIC, antialias=True)  # of every family
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm"}
 SETS = {            # torchvision's downloads: class, its word for a part, training, held-out part
     "imagenette": (partial(datasets.Imagenette, size="320px"), "split", "train", "val"),
@@ -672,10 +650,11 @@ SETS = {            # torchvision's downloads: class, its word for a part, train
 }
 
 
-def decode(source, short=None):
+def decode(source, short=None, photo=False):
     """Path or PIL image -> PIL image: first frame, upright by EXIF or XMP; the content decides.
 
     short: a JPEG may be decoded at 1/2, 1/4 or 1/8, its shorter side not below twice that.
+    photo: of 8 bits, converted to RGB.
     """
     try:
         image = source
@@ -684,6 +663,8 @@ def decode(source, short=None):
         if short:
             image.draft(None, (2 * short, 2 * short))
         upright = ImageOps.exif_transpose(image)
+        if photo and upright.mode[0] not in "FI":       # floats; integers, "I;16" among them
+            upright = upright.convert("RGB")
         upright.format = image.format
         return upright
     except Exception as error:                          # junk makes decoders raise nearly anything
@@ -700,13 +681,10 @@ def read_image(source, short=None):
     source = source[0] if isinstance(source, tuple) else source
     if isinstance(source, torch.Tensor):
         return source
-    image = decode(source, short)
-    if image.mode[0] not in "FI":                       # floats; integers, "I;16" among them
-        try:
-            return pil_to_tensor(image.convert("RGB"))
-        except ValueError as error:                     # a colour space that Pillow cannot convert
-            raise InputError(f"{source} is not a readable image: {one_line(error)}") from None
-    pixels = pil_to_tensor(image.convert("F")) / (1 if image.mode == "F" else 65535)
+    image = decode(source, short, photo=True)
+    if image.mode == "RGB":
+        return v2.functional.pil_to_tensor(image)
+    pixels = v2.functional.pil_to_tensor(image.convert("F")) / (1 if image.mode == "F" else 65535)
     unsaid = image.mode == "I" and image.format != "PPM"
     if unsaid or not ((pixels >= 0) & (pixels <= 1)).all():
         raise InputError(f"{source} is an image of unknown range: expected 8 or 16 bits or floats "
@@ -717,9 +695,7 @@ def read_image(source, short=None):
 def walk(folder, above=()):
     """Every file below a folder, sorted; links are followed, but not in circles; no dot names."""
     above = (*above, os.path.realpath(folder))
-    for path in sorted(Path(folder).iterdir()):
-        if path.name.startswith("."):
-            continue
+    for path in sorted(p for p in Path(folder).iterdir() if not p.name.startswith(".")):
         if not path.is_dir():
             yield path
         elif (mark := path / "run.json").is_file() and b'"script"' in mark.read_bytes():
@@ -730,17 +706,17 @@ def walk(folder, above=()):
 
 def is_label_map(path):
     """Stored without loss, and of few values: a mask rather than a photo."""
-    if Path(path).suffix.lower() not in (".png", ".tif", ".tiff", ".bmp"):
-        return False
-    try:
-        return len(np.unique(decode(path))) <= 64
-    except InputError:
-        return False
+    lossless = path.suffix.lower() in (".png", ".tif", ".tiff", ".bmp")
+    with suppress(InputError):                          # a damaged photo is named when it is drawn
+        return lossless and len(np.unique(decode(path))) <= 64
+    return False
 
 
-def say_left_out(folder, suffixes):
-    if reasons := ", ".join(f"{n} {suffix}" for suffix, n in Counter(suffixes).most_common()):
-        print(f"{folder}: {len(suffixes)} files not read: {reasons}")
+def say_left_out(folder, files):
+    suffixes = Counter(path.suffix.lower() or "without suffix" for path in files)
+    if suffixes:
+        reasons = ", ".join(f"{n} {suffix}" for suffix, n in suffixes.most_common())
+        print(f"{folder}: {len(files)} files not read: {reasons}")
 
 
 def find_images(folder):
@@ -753,11 +729,8 @@ def find_images(folder):
         raise InputError(f"{folder}: no such folder")
     by_folder, others = defaultdict(list), []
     for path in walk(folder):
-        suffix = path.suffix.lower()
-        if suffix in SUFFIXES:
-            by_folder[path.parent].append(path)
-        else:
-            others.append(suffix or "without suffix")
+        kind = by_folder[path.parent] if path.suffix.lower() in SUFFIXES else others
+        kind.append(path)
     say_left_out(folder, others)
     first = {name: paths[:8] for name, paths in by_folder.items()}
     labels = [name for name in first if 2 * sum(map(is_label_map, first[name])) > len(first[name])]
@@ -800,8 +773,7 @@ def unlabelled(data):
             parts.append([[path for i, path in enumerate(paths) if i % step], paths[::step]])
     train, held_out = map(ConcatDataset, zip(*parts))
     if not len(train):
-        raise InputError(f"{' '.join(map(str, data))} holds one photo: expected two or more, since "
-                         "one is held out")
+        raise InputError(f"{' '.join(map(str, data))} holds one photo, held out: expected more")
     return train, held_out
 
 
@@ -869,17 +841,18 @@ def pair_flags(flag, demo):
 
 def run_flags(flag, out, defaults, demo):
     """The flags that say nothing of the method, the same in all stages."""
+    cuda = torch.cuda.is_available()
     flag("--size", type=int, help="pixels, a multiple of the patch (default: that of a fine-tuned "
          "checkpoint, else the weights' native)")
     for key in ("steps", "batch_size"):
         flag(f"--{key.replace('_', '-')}", type=int,
              help=f"(default: {defaults[key]}, demo: {demo[key]})")
-    flag("--workers", type=int, help="processes that load photos (default: up to 8 on a "
-         "GPU, else 0)")
+    flag("--workers", type=int, default=min(8, os.cpu_count() or 1) if cuda else 0,
+         help="processes that load photos (default: up to 8 on a GPU, else 0)")
     flag("--dtype", choices=("auto", "float64", "float32", "bfloat16", "float16"), default="auto",
          help="of autocast (default: auto, bfloat16 where the machine has it, float16 on older "
          "GPUs, else float32); float64: weights and all computation")
-    flag("--compile", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available(),
+    flag("--compile", action=argparse.BooleanOptionalAction, default=cuda,
          help="torch.compile (default: on a GPU)")
     flag("--seed", type=int, default=0, help="of photos, crops, flips and heads (default: 0)")
     flag("--out", default=out, help=f"folder to write (default: {out})")
@@ -895,8 +868,6 @@ def complete(args, defaults, demo):
             setattr(args, key, value)
     if "teacher" in demo and args.teacher is None:
         raise InputError("--teacher is missing: with --data, name the softmax ViT to imitate")
-    if args.workers is None:
-        args.workers = min(8, os.cpu_count() or 1) if torch.cuda.is_available() else 0
     if args.every is None:
         args.every = max(1, args.steps // 10)
     if args.data is None and demo != defaults:
@@ -904,12 +875,11 @@ def complete(args, defaults, demo):
         if args.size != demo["size"]:
             raise InputError(f"--size {args.size}: the demo's images have {demo['size']} pixels, "
                              "--data names your own")
-    if (min(args.steps, args.workers, args.save_every) < 0 or min(args.batch_size, args.every) < 1
-            or args.lr is not None and not 0 < args.lr < math.inf):
-        raise InputError(f"--steps {args.steps} --batch-size {args.batch_size} --lr {args.lr} "
-                         f"--workers {args.workers} --every {args.every} --save-every "
-                         f"{args.save_every}: expected --batch-size, --every and --lr above 0, the "
-                         "others 0 or more")
+    for key, least in dict(steps=0, workers=0, save_every=0, batch_size=1, every=1).items():
+        if not (value := getattr(args, key)) >= least:
+            raise InputError(f"--{key.replace('_', '-')} {value}: expected {least} or more")
+    if args.lr is not None and not 0 < args.lr < math.inf:
+        raise InputError(f"--lr {args.lr}: expected a number above 0")
     if args.batch_size % WORLD:
         raise InputError(f"--batch-size {args.batch_size} is of all {WORLD} processes: expected a "
                          "multiple of their number")
@@ -960,10 +930,7 @@ def average(tensors):
 
 
 def update(scaler, optimizer, schedule, groups):
-    """One step after the backward, gradients averaged, then clipped group by group.
-
-    -> the learning rate that the last group had.
-    """
+    """After the backward: average gradients, clip them by group, step. -> the last group's rate."""
     average(p.grad for group in groups for p in group)
     scaler.unscale_(optimizer)
     for group in groups:
@@ -992,16 +959,14 @@ def views(size):
 
 def loaders(args, source, held_out, first, most=256):
     """Stages 1 and 2: -> (batches of the draws after step `first`, held-out batches in order).
-
-    At most `most` held-out photos are used: more change no table's second digit.
-    """
+    At most `most` held-out photos are used: more change no table's second digit."""
     crop, whole = views(args.size) if args.data else (v2.Identity(), v2.Identity())
     read = partial(read_image, short=args.size)
     loader = partial(DataLoader, num_workers=args.workers, pin_memory=torch.cuda.is_available(),
                      worker_init_fn=leave_signals)
     draws = range(first * args.batch_size + RANK, args.steps * args.batch_size, WORLD)
     train = loader(Draws(source, read, crop, args.seed), args.batch_size // WORLD, sampler=draws)
-    few = Subset(held_out, range(0, len(held_out), max(1, math.ceil(len(held_out) / most))))
+    few = Subset(held_out, range(0, len(held_out), math.ceil(len(held_out) / most)))
     return train, loader(Draws(few, read, whole), args.batch_size)
 
 
@@ -1020,8 +985,8 @@ HELD = []                                               # a file, locked while t
 
 def hold(mark, out):
     """Refuse a folder to which another living run writes; a lock of a dead process is none."""
-    if os.name != "posix":
-        return                                          # Windows has no such lock
+    if RANK > 0 or os.name != "posix":                  # Windows has no such lock
+        return
     import fcntl
     HELD[:] = [open(mark, "r+b")]
     try:
@@ -1043,23 +1008,21 @@ def open_out(args, inputs, read=""):
     for given in map(str, filter(None, inputs)):
         forms = {given, given.partition("=")[2], "data" if given in SETS else ""}
         forms |= {form.rpartition(":")[0] for form in forms}            # NAME=FILE:OPERATOR
-        for file in (Path(form) for form in forms if form and os.path.exists(form)):
-            links = os.path.realpath(file), f"{os.path.realpath(file.parent)}/{file.name}"
-            for real in map(Path, links):
-                if out == real or out in real.parents or real in out.parents:
-                    raise InputError(f"--out {args.out} is, holds or lies in {given}, which is "
-                                     "read: name another folder")
+        files = [Path(form) for form in forms if form and os.path.exists(form)]
+        links = [file.parent.resolve() / file.name for file in files]
+        for real in links + [file.resolve() for file in files]:
+            if out in (real, *real.parents) or real in out.parents:
+                raise InputError(f"--out {args.out} is, holds or lies in {given}, which is read: "
+                                 "name another folder")
     state, mark = out / "state.pt", out / "run.json"
     settings = json.loads(json.dumps({"script": Path(sys.argv[0]).name, **vars(args)}))
     try:
-        if RANK == 0 and out.is_dir() and [path for path in out.iterdir()
-                                           if path.name != f".{mark.name}.part"]:
+        if RANK == 0 and out.is_dir() and {p.name for p in out.iterdir()} - {".run.json.part"}:
             if not mark.is_file() or b'"script"' not in mark.read_bytes():
                 raise InputError(f"--out {args.out} holds files that no run of this version wrote: "
                                  "name an empty or a new folder")
-            same = json.loads(mark.read_bytes()) == settings
             hold(mark, args.out)
-            if not state.is_file() or not same:
+            if not state.is_file() or json.loads(mark.read_bytes()) != settings:
                 aside = next(p for i in count(1) if not os.path.lexists(p := Path(f"{out}-{i}")))
                 out.rename(aside)
                 print(f"--out {args.out}: an earlier run was there, now in {aside.name}")
@@ -1075,20 +1038,18 @@ def open_out(args, inputs, read=""):
             raise InputError(f"{state} is cut or damaged, or holds more than tensors: remove it, "
                              "and the same command begins anew") from None
         if saved["read"] != read:
-            raise InputError(f"--out {args.out} holds a stopped run, and a weight file or the "
-                             "photos that it read have changed: put them back, or name another "
-                             "--out")
+            raise InputError(f"--out {args.out} holds a stopped run, whose weight file or photos "
+                             "have changed: put them back, or name another --out")
         print(f"--out {args.out}: goes on from step {saved['step']} of {args.steps}")
     else:
         saved = None
         write_whole(mark, settings)
-        if RANK == 0:
-            hold(mark, args.out)
+        hold(mark, args.out)
     return Path(args.out) if os.path.realpath(args.out) == str(out) else out, saved   # "." moved
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal ended the run: its number, and what is left to say."""
+    """A signal ended the run; run() is told its number, and what is left to say."""
 
 
 def interrupt(number, _):
@@ -1153,14 +1114,10 @@ class Progress:
         stop = torch.tensor(self.signal, dtype=torch.float32,
                             device="cuda" if torch.cuda.is_available() else "cpu")
         average([stop])                                 # all processes stop after the same step
-        if stop or time.perf_counter() > self.due:
-            self.save()
         if stop:
-            raise self.stopped()
-
-    def stopped(self):
-        return Stopped(self.signal or signal.SIGTERM, f"step {self.step}, {self.out / 'state.pt'}: "
-                       "the same command goes on from here")
+            raise Stopped
+        if time.perf_counter() > self.due:
+            self.save()
 
     def save(self):
         self.log.flush()
@@ -1174,35 +1131,34 @@ class Progress:
         for number, handler in self.before.items():
             signal.signal(number, handler)
         self.bar.close()
-        if kind is None:
+        if kind in (None, Stopped):
             self.save()                                 # what follows, scoring, may be stopped, too
-            if self.signal:                             # since the last step was logged
-                raise self.stopped()
-        elif kind is Stopped and WORLD > 1:
+        if kind is Stopped and WORLD > 1:
             dist.barrier()                              # none ends before the state is written
         self.log.close()
+        if kind is Stopped or kind is None and self.signal:     # since the last step was logged
+            raise Stopped(self.signal or signal.SIGTERM, f"step {self.step}, {self.out}/state.pt: "
+                          "the same command goes on from here")
 
     def finish(self):
         """The run is over and its files are written: no state is needed. Draws the log's curves."""
         if RANK > 0:                                    # it may be over before rank 0 has written
             return
-        try:
+        with suppress(ModuleNotFoundError):             # without matplotlib no curves
             from matplotlib.figure import Figure
             rows = [json.loads(line) for line in open(self.out / "log.jsonl")]
-        except ModuleNotFoundError:
-            rows = []
-        if rows:
             figure = Figure(figsize=(8, 4), layout="constrained")
             axes = figure.subplots(1, 2)
-            names = dict.fromkeys(row.get("weights") for row in rows)
+            names = dict.fromkeys(row.get("weights") for row in rows)       # None in stages 1, 2
             for (key, axis), name in product(zip(("loss", "held_out"), axes), names):
                 curve = [(row["step"], row[key]) for row in rows
                          if key in row and row.get("weights") == name]
                 axis.plot(*zip(*curve), label=name, linewidth=1)
                 axis.set(xlabel="step", title=key.replace("_", " "))
-            if any(names):                              # stage 3: a curve for each of --weights
+            if any(names):
                 axes[0].legend(fontsize=6)
-            write_whole(self.out / "curves.png", partial(figure.savefig, dpi=100))
+            if rows:
+                write_whole(self.out / "curves.png", partial(figure.savefig, dpi=100))
         (self.out / "state.pt").unlink(missing_ok=True)
 
 
