@@ -1027,7 +1027,7 @@ def open_out(args, inputs, read=""):
                 out.rename(aside)
                 print(f"--out {args.out}: an earlier run was there, now in {aside.name}")
         out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
+    except (OSError, ValueError) as error:              # a run.json that was cut
         raise InputError(f"--out {args.out} cannot be written to: {one_line(error)}") from None
     if WORLD > 1:
         dist.barrier()                                  # the folder is as rank 0 leaves it
