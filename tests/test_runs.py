@@ -208,6 +208,17 @@ def test_a_signal_ends_in_one_line_and_the_same_command_goes_on(files, tmp_path,
     check_same(out, whole(stage))
 
 
+def test_a_row_after_the_one_that_was_stopped_begins_at_its_beginning(files, tmp_path):
+    """Stage 3 with two of --weights, stopped in the first."""
+    file, out, other = files / "teacher.safetensors", tmp_path / "out", tmp_path / "other"
+    two = "--weights", file, f"{file}:linear"
+    assert Run(finetune, files, other, *two).wait()[0] == 0
+    assert Run(finetune, files, out, *two, before=at(2, send(signal.SIGINT))).wait()[0] == 130
+    assert Run(finetune, files, out, *two).wait()[0] == 0
+    assert [row["step"] for row in log_of(out)] == 2 * list(range(1, STEPS + 1))
+    check_same(out, (weights(other), log_of(other)))
+
+
 @pytest.mark.parametrize("second", (signal.SIGINT, signal.SIGTERM))
 def test_a_second_signal_ends_at_once(files, tmp_path, second):
     run = Run(align_features, files, tmp_path / "out", before=at(2, send(signal.SIGINT, second)))
