@@ -140,7 +140,7 @@ def study(device, measures=tuple(MEASURES), left_out=(), spread=True):
 
 
 def study_short(device):
-    """README's: what is kept, and beside it how many times the teacher's images/s the ViT runs at."""
+    """README's."""
     return study(device, ("top-1 224", "mIoU 224, linear head", "mIoU 448, linear head of 224", "mIoU 448, linear head",
                           "mIoU 672, linear head of 448"),
                  ("linear-1", "linear_conv-1"), spread=False)
