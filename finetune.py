@@ -441,18 +441,16 @@ def alignment(teacher, vit, images, dtype):
     return torch.stack(losses).mean()
 
 
-def upsampled_classes(logits, size, strip=64):
+def upsampled_classes(logits, size):
     """Logits (B, K, rows, columns) -> the likeliest class at every pixel (B, *size), bilinear. A
-    strip of pixel rows at a time: K maps of a 12-megapixel photo would need gigabytes."""
-    rows, strips = logits.shape[2], []
-    for top in range(0, size[0], strip):
-        y = torch.arange(top, min(top + strip, size[0]), device=logits.device)
-        y = ((y + 0.5) * rows / size[0] - 0.5).clamp(0, rows - 1)           # as F.interpolate does
-        above, share = y.long(), (y % 1).view(-1, 1)
-        below = (above + 1).clamp(max=rows - 1)
-        part = logits[:, :, above] * (1 - share) + logits[:, :, below] * share
-        strips.append(F.interpolate(part, (len(y), size[1]), mode="bilinear").argmax(1))
-    return torch.cat(strips, dim=1)
+    class at a time: K maps of a 12-megapixel photo would need gigabytes."""
+    best = torch.full((len(logits), *size), -math.inf, dtype=logits.dtype, device=logits.device)
+    classes = torch.zeros_like(best, dtype=torch.long)
+    for k, one in enumerate(logits.split(1, dim=1)):
+        one = F.interpolate(one, size, mode="bilinear")[:, 0]
+        classes = torch.where(one > best, k, classes)
+        best = best.maximum(one)
+    return classes
 
 
 @torch.no_grad()

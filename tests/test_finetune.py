@@ -210,16 +210,14 @@ def test_miou_and_top_1_by_hand():
     assert by_class[:3] == pytest.approx([100 * 2 / 3, 100, 0])
 
 
-@pytest.mark.parametrize("grid, size, strip", [
-    ((4, 4), (32, 32), 64), ((3, 5), (37, 61), 64), ((7, 3), (131, 45), 64), ((4, 6), (29, 50), 1),
-    ((5, 4), (33, 31), 8), ((1, 1), (9, 5), 4), ((9, 8), (5, 7), 3), ((1, 6), (70, 1), 64)])
-def test_upsampled_classes_are_those_of_interpolate(grid, size, strip):
-    """But where two classes are as likely, up to rounding."""
-    logits = seeded(2, 6, *grid)
-    found = upsampled_classes(logits, size, strip)
-    whole = F.interpolate(logits, size, mode="bilinear")
-    assert found.shape == (2, *size) and (found == whole.argmax(1)).float().mean() > 0.999
-    assert (whole.amax(1) - whole.gather(1, found[:, None])[:, 0]).max() < 1e-5
+@pytest.mark.parametrize("grid, size", [
+    ((4, 4), (32, 32)), ((3, 5), (37, 61)), ((7, 3), (131, 45)), ((1, 1), (9, 5)), ((9, 8), (5, 7))])
+def test_upsampled_classes_are_those_of_interpolate(grid, size):
+    """Ties, too: the first class; and logits all below any start of a running maximum."""
+    logits = seeded(2, 6, *grid) - 1e30 * (size == (9, 5))
+    logits[:, 4] = logits[:, 2]
+    whole = F.interpolate(logits, size, mode="bilinear").argmax(1)
+    assert torch.equal(upsampled_classes(logits, size), whole)
 
 
 def test_ignored_pixels_have_no_gradient():
