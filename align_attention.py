@@ -155,13 +155,11 @@ def draw_attention(maps, images, queries, grid, path):
     """Columns: three queries (white) in each photo. Rows: photo, teacher, before, after."""
     maps = maps.clamp(min=0).permute(2, 1, 0, 3).flatten(0, 1)              # (B * queries, vits, N)
     maps = (maps / maps[:, :1].amax(-1, keepdim=True)).clamp(max=1).sqrt()  # one scale a column
-    maps = F.interpolate(maps.unflatten(2, grid), size=images.shape[2:])
-    photos = images.repeat_interleave(len(queries), 0) / 255
-    for photo, query in zip(photos, queries * len(images)):
-        row, column = (n * size // m for n, size, m in
-                       zip(divmod(query, grid[1]), images.shape[2:], grid))
-        photo[:, row:row + photo.shape[1] // grid[0], column:column + photo.shape[2] // grid[1]] = 1
-    rows = [photos, *(photos * 0.3 + 0.7 * part.unsqueeze(1) for part in maps.unbind(1))]
+    marks = F.one_hot(torch.tensor(queries * len(images), device=maps.device), maps.shape[2])
+    maps = torch.cat([marks.unsqueeze(1), maps], dim=1).unflatten(2, grid)
+    mark, *maps = F.interpolate(maps, size=images.shape[2:]).unsqueeze(2).unbind(1)
+    photos = (images.repeat_interleave(len(queries), 0) / 255).maximum(mark)    # the query white
+    rows = [photos, *(photos * 0.3 + 0.7 * part for part in maps)]
     write_whole(path, partial(save_image, torch.cat(rows), nrow=len(photos), format="png"))
 
 
