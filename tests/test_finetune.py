@@ -211,7 +211,8 @@ def test_miou_and_top_1_by_hand():
 
 
 @pytest.mark.parametrize("grid, size", [
-    ((4, 4), (32, 32)), ((3, 5), (37, 61)), ((7, 3), (131, 45)), ((1, 1), (9, 5)), ((9, 8), (5, 7))])
+    ((4, 4), (32, 32)), ((3, 5), (37, 61)), ((7, 3), (131, 45)), ((1, 1), (9, 5)),
+    ((9, 8), (5, 7))])
 def test_upsampled_classes_are_those_of_interpolate(grid, size):
     """Ties, too: the first class; and logits all below any start of a running maximum."""
     logits = seeded(2, 6, *grid) - 1e30 * (size == (9, 5))
