@@ -216,7 +216,7 @@ def rotate(x, grid):
     But phi(q) . phi(k) depends not on the patches' offset alone; stage 1 has to make up for it.
     """
     rows, columns = (((torch.arange(n, device=x.device) + 0.5) / n) * 2 - 1 for n in grid)
-    place = torch.stack(torch.meshgrid(rows, columns, indexing="ij"), dim=-1).view(-1, 2, 1)
+    place = torch.cartesian_prod(rows, columns).unsqueeze(-1)           # (N, 2, 1)
     quarter = x.shape[-1] // 4
     period = 100 ** (torch.arange(quarter, device=x.device) / quarter)
     angle = (2 * math.pi * place / period).flatten(1).repeat(1, 2)      # (N, 2, D/4) -> (N, D)
@@ -650,11 +650,10 @@ SETS = {            # torchvision's downloads: class, its word for a part, train
 }
 
 
-def decode(source, short=None, photo=False):
+def decode(source, short=None):
     """Path or PIL image -> PIL image: first frame, upright by EXIF or XMP; the content decides.
 
     short: a JPEG may be decoded at 1/2, 1/4 or 1/8, its shorter side not below twice that.
-    photo: of 8 bits, converted to RGB.
     """
     try:
         image = source
@@ -662,11 +661,8 @@ def decode(source, short=None, photo=False):
             image = Image.open(io.BytesIO(Path(source).read_bytes()))   # Pillow turns only the size
         if short:
             image.draft(None, (2 * short, 2 * short))
-        upright = ImageOps.exif_transpose(image)
-        if photo and upright.mode[0] not in "FI":       # floats; integers, "I;16" among them
-            upright = upright.convert("RGB")
-        upright.format = image.format
-        return upright
+        ImageOps.exif_transpose(image, in_place=True)
+        return image
     except Exception as error:                          # junk makes decoders raise nearly anything
         why = "unknown format" if isinstance(error, UnidentifiedImageError) else one_line(error)
         raise InputError(f"{source} is not a readable image: {why}") from None
@@ -681,9 +677,9 @@ def read_image(source, short=None):
     source = source[0] if isinstance(source, tuple) else source
     if isinstance(source, torch.Tensor):
         return source
-    image = decode(source, short, photo=True)
-    if image.mode == "RGB":
-        return v2.functional.pil_to_tensor(image)
+    image = decode(source, short)
+    if image.mode[0] not in "FI":                       # floats; integers, "I;16" among them
+        return v2.functional.pil_to_tensor(image.convert("RGB"))
     pixels = v2.functional.pil_to_tensor(image.convert("F")) / (1 if image.mode == "F" else 65535)
     unsaid = image.mode == "I" and image.format != "PPM"
     if unsaid or not ((pixels >= 0) & (pixels <= 1)).all():
@@ -740,8 +736,7 @@ def find_images(folder):
         if all({scene(path), path.stem.rpartition("_")[0]} & photos for path in first[name]):
             print(f"{name}: {len(by_folder.pop(name))} files left out, they are label maps")
     if not by_folder:
-        raise InputError(f"{folder} holds no photo: expected files that end in "
-                         f"{', '.join(sorted(SUFFIXES))}")
+        raise InputError(f"{folder} holds no photo: expected {', '.join(sorted(SUFFIXES))}")
     return sorted(str(path) for paths in by_folder.values() for path in paths)
 
 
@@ -893,12 +888,10 @@ def device_and_dtype(name):
         if device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("nccl" if device == "cuda" else "gloo")
-    if name == "auto" and device == "cuda":
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-        name = "bfloat16" if native else "float16"
-    elif name == "auto":
-        native = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()        # no public name yet
-        name = "bfloat16" if native else "float32"
+    if name == "auto":
+        native = (torch.cuda.is_bf16_supported(including_emulation=False) if device == "cuda" else
+                  getattr(torch.cpu, "_is_avx512_bf16_supported", bool)())  # no public name yet
+        name = "bfloat16" if native else {"cuda": "float16", "cpu": "float32"}[device]
     return device, getattr(torch, name)
 
 
@@ -920,12 +913,9 @@ def widen(tensor):
 def average(tensors):
     """Put the mean over torchrun's processes in each tensor's place; -> those that are not None."""
     tensors = [tensor for tensor in tensors if tensor is not None]
-    if WORLD > 1:
-        flat = torch.cat([tensor.flatten() for tensor in tensors])
-        dist.all_reduce(flat)
-        sizes = [tensor.numel() for tensor in tensors]
-        for tensor, mean in zip(tensors, (flat / WORLD).split(sizes)):
-            tensor.copy_(mean.view_as(tensor))
+    for tensor in tensors if WORLD > 1 else ():
+        dist.all_reduce(tensor)
+        tensor /= WORLD
     return tensors
 
 
@@ -980,17 +970,14 @@ def fingerprint(weights, *sources):
     return digest.hexdigest()
 
 
-HELD = []                                               # a file, locked while this process lives
-
-
 def hold(mark, out):
     """Refuse a folder to which another living run writes; a lock of a dead process is none."""
     if RANK > 0 or os.name != "posix":                  # Windows has no such lock
         return
     import fcntl
-    HELD[:] = [open(mark, "r+b")]
+    hold.file = open(mark, "r+b")                       # locked while this process lives
     try:
-        fcntl.lockf(HELD[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.lockf(hold.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise InputError(f"--out {out} is being written by another run: wait for its end, or name "
                          "another folder") from None
@@ -1008,26 +995,26 @@ def open_out(args, inputs, read=""):
     for given in map(str, filter(None, inputs)):
         forms = {given, given.partition("=")[2], "data" if given in SETS else ""}
         forms |= {form.rpartition(":")[0] for form in forms}            # NAME=FILE:OPERATOR
-        files = [Path(form) for form in forms if form and os.path.exists(form)]
-        links = [file.parent.resolve() / file.name for file in files]
-        for real in links + [file.resolve() for file in files]:
-            if out in (real, *real.parents) or real in out.parents:
-                raise InputError(f"--out {args.out} is, holds or lies in {given}, which is read: "
-                                 "name another folder")
+        for file in map(Path, filter(os.path.exists, forms)):
+            for real in (file.resolve(), file.parent.resolve() / file.name):    # target, link
+                if out.is_relative_to(real) or real.is_relative_to(out):
+                    raise InputError(f"--out {args.out} is, holds or lies in {given}, which is "
+                                     "read: name another folder")
     state, mark = out / "state.pt", out / "run.json"
-    settings = json.loads(json.dumps({"script": Path(sys.argv[0]).name, **vars(args)}))
+    settings = json.dumps({"script": Path(sys.argv[0]).name, **vars(args)}, indent=1).encode()
     try:
         if RANK == 0 and out.is_dir() and {p.name for p in out.iterdir()} - {".run.json.part"}:
-            if not mark.is_file() or b'"script"' not in mark.read_bytes():
+            found = mark.read_bytes() if mark.is_file() else b""
+            if b'"script"' not in found:
                 raise InputError(f"--out {args.out} holds files that no run of this version wrote: "
                                  "name an empty or a new folder")
-            hold(mark, args.out)
-            if not state.is_file() or json.loads(mark.read_bytes()) != settings:
+            hold(mark, args.out)                        # read later, it would not be held any more
+            if not state.is_file() or found != settings:
                 aside = next(p for i in count(1) if not os.path.lexists(p := Path(f"{out}-{i}")))
                 out.rename(aside)
                 print(f"--out {args.out}: an earlier run was there, now in {aside.name}")
         out.mkdir(parents=True, exist_ok=True)
-    except (OSError, ValueError) as error:              # a run.json that was cut
+    except OSError as error:
         raise InputError(f"--out {args.out} cannot be written to: {one_line(error)}") from None
     if WORLD > 1:
         dist.barrier()                                  # the folder is as rank 0 leaves it

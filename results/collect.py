@@ -2,7 +2,8 @@
 
     python results/collect.py runs/study results/study
 
-Reads FOLDER/seed*/**/metrics.json (finetune.py, heads.py) and FOLDER/seed*/*/report.json (stages 1 and 2).
+Reads FOLDER/seed*/**/metrics.json (finetune.py, heads.py), FOLDER/tuned-ROW-WEIGHT/metrics.json (WEIGHT of --align) and
+FOLDER/seed*/*/report.json (stages 1 and 2).
 """
 import csv
 import json
@@ -30,11 +31,12 @@ def show(values):
 
 def main(folder, target):
     scores, extra = {}, {}
-    for file in sorted(Path(folder).glob("seed*/**/metrics.json")):
+    for file in sorted([*Path(folder).glob("seed*/**/metrics.json"), *Path(folder).glob("tuned-*/metrics.json")]):
         for row in json.loads(file.read_text()):
             head = f", {row['head_kind']} head" if row["task"] == "segment" else ""
             head += f" of {Path(row['weights']).parts[-3].split('-')[1]}" if row["kept_head"] else ""   # segment-SIZE
-            column = f"{row['metric']} {row['size']}{head}" + ("" if row["frozen"] else ", tuned")
+            aligned = f", --align {file.parent.name.rpartition('-')[2]}" if file.parent.name.startswith("tuned-") else ""
+            column = f"{row['metric']} {row['size']}{head}" + ("" if row["frozen"] else f", tuned{aligned}")
             scores.setdefault(name(row["weights"]), {}).setdefault(column, []).append(row["score"])
     for file in sorted(Path(folder).glob("seed*/*/report.json")):
         report = json.loads(file.read_text())

@@ -108,8 +108,8 @@ NAMES = {"linear-1": "linear, stage 1", "linear-12": "linear, stages 1 + 2", "li
          "linear_conv-12": "linear_conv, stages 1 + 2", "linear_conv-12-448": "the same, last part at 448 px"}
 MEASURES = {"photos": "photos in the last stage", "cls_cosine": "CLS cosine", "patch_cosine": "patch cosine", "whitened_error": "whitened error",
             "top-1 224": "top-1, 224 px", "mIoU 224, linear head": "mIoU, 224 px", "mIoU 224, mask head": "mIoU, 224 px, mask head",
-            "mIoU 448, linear head of 224": "448 px, head of 224", "mIoU 448, linear head": "mIoU, 448 px", "mIoU 448, mask head": "448 px, mask head",
-            "mIoU 672, linear head of 448": "mIoU, 672 px, head of 448", "mIoU 672, mask head of 448": "672 px, mask head of 448"}
+            "mIoU 448, linear head of 224": "448 px, head of 224", "mIoU 448, mask head of 224": "448 px, mask head of 224",
+            "mIoU 448, linear head": "mIoU, 448 px", "mIoU 672, linear head of 448": "mIoU, 672 px, head of 448"}
 SHORT = "cls_cosine", "patch_cosine", "whitened_error"
 
 
@@ -163,6 +163,25 @@ def first_steps(device):
                  [[row.removesuffix("-short"), *(f"{found[key][0]:.3f}" for key in SHORT)] for row, found in value.items()])
 
 
+def few_photos(device):
+    """linear_conv after stages 1 and 2 of equal steps, by the number of photos they were drawn from."""
+    value = study_values()
+    rows = {row.removeprefix("linear_conv-12-of-"): value[row] for row in value if row.startswith("linear_conv-12-of-")}
+    rows["5,466"] = value["linear_conv-12"]
+    score = "mIoU 224, linear head"
+    return table(["photos", *(MEASURES[key] for key in (*SHORT, score))], [
+        [f"{int(photos.replace(',', '')):,}", *(f"{found[key][0]:.3f}" for key in SHORT),
+         f"{found[score][0]:.1f} ({100 * found[score][0] / value['teacher'][score][0]:.1f}%)"] for photos, found in rows.items()])
+
+
+def tuned(device):
+    """Top-1 of tuned backbones, with and without stage 1's loss beside the cross-entropy."""
+    value, columns = study_values(), {f"top-1 224, tuned, --align {weight}": weight for weight in ("0", "50")}
+    return table(["tuned backbone", "alone", "--align 50"], [
+        [NAMES.get(row, row), *(f"{found[key][0]:.1f}" if key in found else "-" for key in columns)]
+        for row, found in value.items() if any(key in found for key in columns)])
+
+
 def demo(device):
     """README's: top-1 of the demo's rows, over its seeds."""
     rows = [row for row in read("demo.csv") if "top-1" in row["column"]]
@@ -172,7 +191,7 @@ def demo(device):
         for row in rows])
 
 
-TABLES = (demo, study_short, study, speed, first_steps, short, gains, memory, operator, choices, training, loading, against_timm)
+TABLES = (demo, study_short, study, speed, first_steps, few_photos, tuned, short, gains, memory, operator, choices, training, loading, against_timm)
 
 if __name__ == "__main__":
     for make in TABLES:

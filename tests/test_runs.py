@@ -336,22 +336,27 @@ def test_a_run_can_be_repeated_and_have_any_number_of_steps(files, tmp_path, sta
         assert len(log_of(tmp_path / "n")) == steps
 
 
-def test_ctrl_c_to_a_command_with_workers(files, tmp_path):
+@pytest.mark.parametrize("again", (False, True))
+def test_ctrl_c_to_a_command_with_workers(files, tmp_path, again):
     """As a terminal sends it, to all processes; started with it ignored, as by `nohup ... &`. While
-    it runs, no other run can write to its folder."""
+    it runs, no other run can write to its folder, and none while it goes on after a stop."""
     flags = "--save-every", 0, "--workers", 2, "--steps", 100_000
-    argv = command(align_features, files, tmp_path / "out", *flags)
+    out, state = tmp_path / "out", tmp_path / "out/state.pt"
+    if again:
+        Run(align_features, files, out, *flags, before=at(3, send(signal.SIGINT))).wait()
+    before = state.stat().st_mtime_ns if again else 0
+    argv = command(align_features, files, out, *flags)
     process = subprocess.Popen([sys.executable, *argv], stderr=subprocess.PIPE,
                                stdout=subprocess.PIPE, text=True, start_new_session=True,
                                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN))
-    while process.poll() is None and not (tmp_path / "out/state.pt").exists():
+    while process.poll() is None and not (state.exists() and state.stat().st_mtime_ns > before):
         time.sleep(0.01)
-    code, _, last = Run(align_features, files, tmp_path / "out", *flags).wait()
+    code, _, last = Run(align_features, files, out, *flags).wait()
     assert code == 1 and "is being written by another run" in last
     os.killpg(process.pid, signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+    said, errors = process.communicate(timeout=60)
     assert process.returncode == 130 and "Traceback" not in errors
-    assert "stopped by SIGINT: step" in errors.splitlines()[-1]
+    assert "stopped by SIGINT: step" in errors.splitlines()[-1] and again == ("goes on" in said)
     with pytest.raises(ProcessLookupError):             # no worker is left
         os.killpg(process.pid, 0)
 
