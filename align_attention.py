@@ -13,7 +13,7 @@ Reads the teacher's weights and images; writes to --out: student.safetensors, lo
 every block at every step), report.json (the table printed at the end), attention.png (where teacher
 and student look) and curves.png. If it is stopped (Ctrl-C, kill -9), the same command goes on.
 """
-import argparse
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from functools import partial
 
 import torch
@@ -22,7 +22,7 @@ from torchvision.utils import save_image
 
 from align_features import compare, whitening           # for the report at the end, see stage 2
 from demo.shapes import Shapes
-from model import RANK, InputError, Progress, autocast, average, bar, complete, device_and_dtype
+from model import InputError, Progress, autocast, average, bar, complete, device_and_dtype
 from model import fingerprint, load_pair, loaders, note_unread, one_cycle, open_out, pair_flags
 from model import run, run_flags, save_vit, unlabelled, update, widen, write_whole
 
@@ -34,8 +34,7 @@ DEMO = dict(teacher="demo/teacher.safetensors", size=64, steps=100, batch_size=6
 
 
 def parse(argv):
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     flag = parser.add_argument
     pair_flags(flag, DEMO)
     flag("--train", choices=GROUPS, nargs="+", default=GROUPS,
@@ -104,9 +103,8 @@ def exponential_start(student):
     """
     for block in student.blocks:
         if block.attn.qkv.bias is not None:
-            q, k, _ = block.attn.qkv.bias.chunk(3)
-            q += block.attn.operator.bias_shift
-            k += block.attn.operator.bias_shift
+            for part in block.attn.qkv.bias.chunk(3)[:2]:               # q, k, not v
+                part += block.attn.operator.bias_shift
 
 
 @torch.no_grad()
@@ -147,8 +145,7 @@ def attention_maps(teacher, vits, images, queries):
             out = block.attn.attend(q, k, v.requires_grad_(), grid)         # (B, prefix + N, C)
             maps += [torch.autograd.grad(out[:, vit.arch.prefix + query].sum(), v,
                                          retain_graph=True)[0].mean((1, 3)) for query in queries]
-    maps = torch.stack(maps)[:, :, teacher.arch.prefix:]    # (B,H,prefix+N,D) -> (B,prefix+N), each
-    return maps.unflatten(0, (len(vits), len(queries)))
+    return torch.stack(maps)[..., teacher.arch.prefix:].unflatten(0, (len(vits), len(queries)))
 
 
 def draw_attention(maps, images, queries, grid, path):
@@ -239,9 +236,8 @@ def main(argv=None):
     write_whole(out / "report.json", facts | dict(
         before=before, after=after, final=final, seconds=progress.seconds, unread=kept["unread"],
         arguments=vars(args)))
-    if RANK == 0:
-        maps = torch.cat([kept["maps"].to(device), maps([student])])
-        draw_attention(maps.float(), few[:2].to(device), queries, grid, out / "attention.png")
+    maps = torch.cat([kept["maps"].to(device), maps([student])])
+    draw_attention(maps.float(), few[:2].to(device), queries, grid, out / "attention.png")
     progress.finish()
     print(f"wrote {out / 'student.safetensors'}")
 

@@ -12,8 +12,8 @@ registers, patches) are supervised.
 Reads teacher, student and images; writes to --out: student.safetensors, log.jsonl, report.json and
 features.png (photo, teacher's and student's patch features as colours).
 """
-import argparse
 import math
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from functools import partial
 from itertools import islice
 
@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 from torchvision.utils import save_image
 
 from demo.shapes import Shapes
-from model import RANK, Progress, autocast, average, bar, complete, device_and_dtype, fingerprint
+from model import Progress, autocast, average, bar, complete, device_and_dtype, fingerprint
 from model import load_pair, loaders, note_unread, one_cycle, open_out, pair_flags, run, run_flags
 from model import save_vit, unlabelled, update, widen, write_whole
 
@@ -34,8 +34,7 @@ STAGE_1 = dict(student="runs/attention/student.safetensors")    # demo, unless -
 
 
 def parse(argv):
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     flag = parser.add_argument
     pair_flags(flag, DEMO | STAGE_1)
     flag("--loss", choices=LOSS, default="whitened",
@@ -128,11 +127,10 @@ def picture(teacher, student, images, path):
     want, have = (vit(normal)[:, vit.arch.prefix:].float() for vit in (teacher, student))
     centre = want.mean((0, 1))
     axes = torch.pca_lowrank(want.flatten(0, 1) - centre, q=3, center=False)[2]             # (C, 3)
-    colours = [(tokens - centre) @ axes for tokens in (want, have)]         # (B, N, 3)
-    low, high = (colours[0].flatten(0, 1).quantile(q, dim=0) for q in (0.01, 0.99))
-    rows = [((c - low) / (high - low)).clamp(0, 1).mT.unflatten(2, grid) for c in colours]
-    rows = [F.interpolate(row, size=images.shape[2:], mode="nearest") for row in rows]
-    rows = torch.cat([images / 255, *rows])
+    colours = (torch.cat([want, have]) - centre) @ axes                     # (2B, N, 3)
+    low, high = (colours[:len(want)].flatten(0, 1).quantile(q, dim=0) for q in (0.01, 0.99))
+    colours = ((colours - low) / (high - low)).clamp(0, 1).mT.unflatten(2, grid)
+    rows = torch.cat([images / 255, F.interpolate(colours, size=images.shape[2:], mode="nearest")])
     write_whole(path, partial(save_image, rows, nrow=len(images), format="png"))
 
 
@@ -166,8 +164,7 @@ def main(argv=None):
     note = partial(note_unread, unread=kept["unread"], listed=len(source) + len(held_out.dataset))
     if not saved:
         kept["whiten"] = whitening(teacher, train.dataset, args.batch_size, device, dtype)
-        kept["before"] = compare(teacher, student.eval(), held_out, kept["whiten"], device, dtype,
-                                 note)
+        kept["before"] = compare(teacher, student, held_out, kept["whiten"], device, dtype, note)
     whiten = kept["whiten"].to(device)
     loss_of = partial(LOSS[args.loss], whiten=whiten)
     student.train()
@@ -187,20 +184,19 @@ def main(argv=None):
     facts = dict(stage=stage, teacher=digest, training={
         key: getattr(args, key) for key in ("loss", "size", "steps", "batch_size", "lr", "seed")})
     save_vit(student, out / "student.safetensors", **facts)
-    before = kept["before"]
     after = compare(teacher, student.eval(), held_out, whiten, device, dtype, note)
     print(f"\nheld-out final tokens, student against teacher ({args.steps} steps, "
           f"{progress.seconds:.0f} s)\n{'':16s}before  after")
-    for key, old in before.items():
+    for key, old in kept["before"].items():
         if old is not None:
             print(f"{key:16s}{old:6.3f}  {after[key]:5.3f}")
     write_whole(out / "report.json", facts | dict(
-        before=before, after=after, seconds=progress.seconds, unread=kept["unread"],
+        before=kept["before"], after=after, seconds=progress.seconds, unread=kept["unread"],
         arguments=vars(args)))
     shown = held_out.dataset                # eight of them, from all over the set
     places = range(0, len(shown), math.ceil(len(shown) / 8))
     images = torch.stack([shown[i][0] for i in places])
-    if RANK == 0 and len(images) * (args.size // teacher.arch.patch) ** 2 > 3:      # 3 axes need 4
+    if len(images) * (args.size // teacher.arch.patch) ** 2 > 3:      # 3 axes need 4
         picture(teacher, student, images.to(device), out / "features.png")
     progress.finish()
     print(f"wrote {out / 'student.safetensors'}")

@@ -11,7 +11,6 @@ are medians and quartiles after a warm-up; memory is what a call holds at its pe
 weights and inputs; FLOPs are of matrix products and convolutions. Written-out softmax is never
 compiled: the compiler would put the fused kernel in its place.
 """
-import argparse
 import csv
 import io
 import math
@@ -20,6 +19,7 @@ import platform
 import re
 import sys
 import time
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from functools import partial
 from itertools import accumulate, count, product
 from pathlib import Path
@@ -28,13 +28,12 @@ import torch
 import torchvision
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.utils import clip_grad_norm_
 from torch.utils.flop_counter import FlopCounterMode
 
 from align_attention import GROUPS, block_alignment, trained_parameters
 from align_features import LOSS, feature_alignment
 from model import ATTENTION, KNOWN, Architecture, InputError, Operator, ViT, autocast
-from model import device_and_dtype, linearize, one_line, run, write_whole
+from model import device_and_dtype, linearize, one_cycle, one_line, run, update, write_whole
 
 MODELS = {f"vit{size[0]}14": f"vit_{size}_patch14_dinov2.lvd142m"
           for size in ("small", "base", "large")}
@@ -52,8 +51,7 @@ COLUMNS = """part name backend model heads head_dim batch pixels tokens pass mod
 
 def parse(argv):
     cuda = torch.cuda.is_available()
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     flag, usual = parser.add_argument, ["softmax_reference", "softmax", "linear", "linear_conv"]
     flag("part", choices=PARTS)
     flag("--quick", action="store_true", help="few points, a small batch (default: all of them)")
@@ -284,28 +282,23 @@ def train_points(args, device, dtype):
     teacher = ViT(KNOWN[MODELS["vits14"]]).to(device).requires_grad_(False)
     loss = partial(LOSS["whitened"], whiten=torch.eye(teacher.arch.width, device=device))
     forward, align, align_block = map(prepare, (teacher, feature_alignment, block_alignment))
+    scaler = torch.amp.GradScaler(device, enabled=False)
 
     @torch.no_grad()
     def with_teacher(function):
         with autocast(device, dtype):
             return function(teacher.normalize(images))
 
-    def update(groups, optimizer):
-        for group in groups:
-            clip_grad_norm_(group, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-
-    def stage_1(student, groups, optimizer):            # as in align_attention.py, without scaler
+    def stage_1(student, finish):                       # as in align_attention.py
         x, grid = with_teacher(teacher.embed)
         for theirs, ours in zip(teacher.blocks, student.blocks):
             x, error, scale = align_block(theirs, ours, x, grid, dtype)
             (error / scale).backward()
-        update(groups, optimizer)
+        finish()
 
-    def stage_2(student, groups, optimizer):            # as in align_features.py
+    def stage_2(student, finish):                       # as in align_features.py
         align(teacher, student, images, loss, dtype).backward()
-        update(groups, optimizer)
+        finish()
 
     calls = {"teacher forward": partial(with_teacher, forward)}
     for name in (name for name in args.operators if "softmax" not in name):
@@ -313,8 +306,8 @@ def train_points(args, device, dtype):
         trained = (one, trained_parameters(one, GROUPS)), (two, [[*two.parameters()]])
         for stage, (student, groups) in zip((stage_1, stage_2), trained):
             optimizer = torch.optim.AdamW(sum(groups, []), weight_decay=0)
-            title = f"{stage.__name__.replace('_', ' ')}, {name}"
-            calls[title] = partial(stage, student, groups, optimizer)
+            finish = partial(update, scaler, optimizer, one_cycle(optimizer, 10 ** 6), groups)
+            calls[f"{stage.__name__.replace('_', ' ')}, {name}"] = partial(stage, student, finish)
     for batch, pixels in product(args.batch_size, (round(p / 14) * 14 for p in args.points)):
         images = torch.randint(256, (batch, 3, pixels, pixels), dtype=torch.uint8, device=device)
         yield calls, {name: vit_says("vits14", batch, pixels) for name in calls}, 0
@@ -352,14 +345,12 @@ def main(argv=None):
     words = sys.argv[1:] if argv is None else argv
     args = parse(words)
     points, *seconds, base = PARTS[args.part]
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")     # the profiler complains of a missing GPU
     torch.manual_seed(0)
     device, dtype = device_and_dtype(args.dtype)
     kind = str(dtype).removeprefix("torch.")
-    chip = slug = torch.cuda.get_device_name() if device == "cuda" else device
-    if device == "cpu":
-        chip = linux("cpuinfo", "model name.*: (.*)", platform.machine())
-    slug = re.sub(r"\W+", "-", slug.lower())
+    gpu = torch.cuda.get_device_name() if device == "cuda" else None
+    chip = gpu or linux("cpuinfo", "model name.*: (.*)", platform.machine())
+    slug = re.sub(r"\W+", "-", (gpu or device).lower())
     path = claim(args.out, f"bench-{slug}-{args.part}-{kind}-{args.mode}{'-quick' * args.quick}")
     same = {"part": args.part, "head_dim": HEAD_DIM, "dtype": kind, "ratio_to": base,
             "device": f"{chip}, {torch.get_num_threads()} threads", "torch": torch.__version__,
@@ -373,13 +364,11 @@ def main(argv=None):
         curve = tuple(facts.get(key) for key in ("model", "heads", "batch", "pass"))
         with torch.set_grad_enabled(facts.get("pass") != "forward"):
             point = measure(calls, endings.setdefault(curve, {}), device, seconds[args.quick], maps)
-            if args.part != "train":
-                for name, row in point.items():
-                    row["gflops"] = count_flops(calls[name]) / 1e9
         other = point.get(base, {}).get("median_ms")
         for name, row in point.items():
             mode = "eager" if name in WRITTEN_OUT else args.mode
             row |= same | {"name": name, "pass": "step", "mode": mode} | labels[name]
+            row |= {"gflops": count_flops(calls[name]) / 1e9} if args.part != "train" else {}
             if ms := row.get("median_ms"):
                 row |= {"gflops_per_s": row["gflops"] / ms * 1e3} if "gflops" in row else {}
                 row |= {"images_per_s": row["batch"] / ms * 1e3} if "pixels" in row else {}

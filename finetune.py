@@ -18,9 +18,9 @@ score counts the masks' own pixels. There a tuned backbone sees crops at 0.5 to 
 Writes to --out: a checkpoint for each of --weights, metrics.json, log.jsonl; to segment
 segment.png; with --predict a mask of each photo's own size, and the photo with it laid over.
 """
-import argparse
 import math
 import zlib
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from functools import partial
 from pathlib import Path
 
@@ -56,8 +56,7 @@ POINTS = 4
 
 
 def parse(argv):
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     flag = parser.add_argument
     flag("--task", choices=("classify", "segment"), help="(default: classify)")
     flag("--weights", nargs="+", help="files, known names or NAME=FILE, each may end in :OPERATOR "
@@ -128,10 +127,9 @@ def read_mask(source):
     if isinstance(source, torch.Tensor):
         return source
     image = decode(source)
-    lossy = image.format in ("JPEG", "MPO")
-    if image.mode not in ("1", "L", "P", "I;16") or lossy:
+    if image.mode not in ("1", "L", "P", "I;16") or image.format in ("JPEG", "MPO"):
         raise InputError(f"{source} is no mask: expected one id a pixel, grey or palette, without "
-                         f"loss, found {'a JPEG' if lossy else f'mode {image.mode}'}")
+                         f"loss, found {image.format}, mode {image.mode}")
     ids = v2.functional.pil_to_tensor(image)[0].int()
     if image.format == "PNG" and image.mode == "L" and not isinstance(source, Image.Image):
         bits = Path(source).read_bytes()[24]            # Pillow stretches 2 and 4 to 0 ... 255
@@ -589,8 +587,7 @@ def fine_tune(spec, args, data, teacher, start_progress, device, dtype):
     vit, head, stage, its_own = begin_row(spec, args, classes, ids)
     vit, head = vit.to(device, wide), head.to(device, wide)
 
-    lookup = torch.full((256,), IGNORE, dtype=torch.uint8)
-    lookup[ids] = torch.arange(len(ids), dtype=torch.uint8)
+    lookup = torch.tensor([ids.index(i) if i in ids else IGNORE for i in range(256)]).byte()
     read = partial(read_item, task=task, lookup=lookup, short=args.size)
     crop, whole = views_of(task, args.size, vit.arch.patch)
     crop = crop if args.data else v2.RandomHorizontalFlip()

@@ -221,6 +221,18 @@ def test_upsampled_classes_are_those_of_interpolate(grid, size):
     assert torch.equal(upsampled_classes(logits, size), whole)
 
 
+def test_more_classes_than_a_mask_has_ids(files, tmp_path):
+    data, out = tmp_path / "photos", tmp_path / "out"
+    for part in ("train", "val"):
+        for name in range(300):
+            folder = data / part / f"{name:03}"
+            folder.mkdir(parents=True)
+            Image.new("RGB", (16, 16), (name % 256, 0, 0)).save(folder / "a.png")
+    brief(finetune, files, out, "--data", data, "--freeze")
+    row, = rows_of(out)
+    assert row["held_out"] == 300 == len(row["per_class"])
+
+
 def test_ignored_pixels_have_no_gradient():
     """A crop may hold none else: 0 with a gradient of 0, not the 0 / 0 of a mean over nothing."""
     masks = torch.randint(0, 3, (2, 4, 4), generator=torch.Generator().manual_seed(0))
