@@ -75,14 +75,16 @@ def whitening(teacher, draws, batch_size, device, dtype, images=128):
 
     Of the run's first draws. 0.03 of the mean eigenvalue is added: no direction becomes all noise.
     """
-    tokens = []
+    n = total = square = 0                              # all tokens at once would take gigabytes
     batches = islice(DataLoader(draws, batch_size), math.ceil(images / batch_size))
     for photos, _ in bar(batches, "whitening"):
         with autocast(device, dtype):
-            tokens.append(widen(teacher(teacher.normalize(photos.to(device)))).flatten(0, 1))
-    values, vectors = torch.linalg.eigh(torch.cat(tokens).double().T.cov())
+            tokens = widen(teacher(teacher.normalize(photos.to(device)))).flatten(0, 1)
+        x = tokens.double()
+        n, total, square = n + len(x), total + x.sum(0), square + x.T @ x
+    values, vectors = torch.linalg.eigh((square - total.outer(total) / n) / (n - 1))
     whiten = (vectors * (values + 0.03 * values.mean()).rsqrt()) @ vectors.T
-    return whiten.to(tokens[0].dtype)
+    return whiten.to(tokens.dtype)
 
 
 def feature_alignment(teacher, student, images, loss, dtype=torch.float32):

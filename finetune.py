@@ -7,7 +7,7 @@
 
 --weights takes one file or several, and trains each in the same way. FILE:linear is FILE with its
 attention swapped and nothing aligned. --freeze trains only the head, on features computed once.
---from-scratch keeps nothing of a file but its architecture, the paper's other paradigm (Fig. 1).
+--from-scratch keeps nothing of a file but architecture and operator, the paper's other paradigm.
 Given a checkpoint of this script, training goes on with its head; --steps 0 scores it as it is.
 
 Classify: train/CLASS/ and val/CLASS/, the middle square of a photo. Segment: a folder that one of
@@ -28,7 +28,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.utils import save_image
@@ -39,8 +39,8 @@ from demo.shapes import Shapes
 from model import ATTENTION, BICUBIC, KNOWN, RANK, SETS, WORLD, Block, Draws, InputError, Progress
 from model import ViT, autocast, average, bar, complete, decode, device_and_dtype, find_images
 from model import fingerprint, leave_signals, linearize, load_vit, one_cycle, open_out, open_set
-from model import read_image, read_weights, run, run_flags, save_vit, say_left_out, update, views
-from model import walk, weights_file, widen, write_whole
+from model import permutation, read_image, read_weights, run, run_flags, save_vit, say_left_out
+from model import update, views, walk, weights_file, widen, write_whole
 
 DEFAULTS = dict(steps=2000, batch_size=32)
 DEMO = dict(size=64, steps=300, batch_size=64)              # without --data
@@ -246,7 +246,8 @@ def load_data(data, task, ignore=None):
         if (data == "voc2012") != segment:
             raise InputError(f"--data {data} has no labels for --task {task}")
         parts = open_set(data)
-        names = LAYOUTS["VOC"]["names"].split(", ") if segment else [*map(str, parts[0].classes)]
+        names = LAYOUTS["VOC"]["names"].split(", ") if segment else [
+            name if isinstance(name, str) else name[0] for name in parts[0].classes]
     elif segment:
         *parts, names, row = by_layout(data)
     else:
@@ -263,10 +264,11 @@ def load_data(data, task, ignore=None):
         counts = torch.stack([part.bincount(minlength=len(names)) for part in labels])
     ids = counts.sum(0).nonzero().flatten().tolist() if segment else [*range(len(names))]
     if len(ids) < 2 or segment and len(ids) > 255 or not counts.sum(1).all():
-        hint = f" besides {ignore}, which --ignore -1 would count" if segment else ""
+        counted = segment and ignore != [-1]
+        hint = f" besides {ignore}, which --ignore -1 would count" if counted else ""
         raise InputError(f"{data} has the classes {ids if segment else names}{hint}, and "
                          f"{counts.sum(1).tolist()} labels in train and val: expected two classes "
-                         "or more, and labels in both")
+                         "or more, in masks 255 at most, and labels in both")
     classes = [names[id] if id < len(names) and names.count(names[id]) == 1 else str(id)
                for id in ids]
     for id, name in zip(ids, classes):
@@ -456,7 +458,8 @@ def cached(vit, batches, task, frozen, device, dtype):
     """The same batches with what a head reads as inputs, on the CPU, in float16 or float64."""
     kept = dtype if dtype == torch.float64 else torch.float16
     return [[(logits_of(vit, nn.Identity(), inputs.to(device), task, frozen, dtype).to(kept).cpu(),
-              truth) for inputs, truth in batch] for batch in bar(batches, "features")]
+              truth.clone())                            # of a worker: each would keep a file open
+             for inputs, truth in batch] for batch in bar(batches, "features")]
 
 
 @torch.no_grad()
@@ -511,12 +514,14 @@ def load_backbone(spec, from_scratch):
     name, operator = (name, operator) if name and operator in ATTENTION else (spec, None)
     if from_scratch:
         known = [arch for key, arch in KNOWN.items() if name in (key, key.partition(".")[0])]
-        arch = known[0] if known else load_vit(name).arch       # a name need not be downloaded
-        return ViT(arch, operator or "softmax"), None, "scratch"
+        vit = ViT(known[0]) if known else load_vit(name)        # a name need not be downloaded
+        return ViT(vit.arch, operator or vit.attention), None, "scratch"
     vit = load_vit(name)
-    if operator not in (None, vit.attention):
-        return linearize(vit, operator), name, "none"
-    return vit, name, vit.facts.get("stage", "pretrained")
+    if operator in (None, vit.attention):
+        return vit, name, vit.facts.get("stage", "pretrained")
+    swapped = linearize(vit, operator)
+    swapped.facts = vit.facts                           # its size and kind of head
+    return swapped, name, "none"
 
 
 @torch.no_grad()
@@ -532,6 +537,9 @@ def predict(args, device, dtype):
     head = make_head(vit.arch, task, len(classes), facts.get("head_kind", "linear"), vit.attention)
     vit, head = vit.to(device, wide), load_head(head, tensors, spec).to(device, wide).eval()
     ids = torch.tensor(facts.get("ids", range(len(classes))))
+    for given in args.predict:
+        if not Path(given).exists():
+            raise InputError(f"--predict {given}: expected a photo or a folder, found none")
     photos = [(path, Path(path).relative_to(given) if Path(given).is_dir() else Path(path).name)
               for given in args.predict
               for path in (find_images(given) if Path(given).is_dir() else [given])]
@@ -595,10 +603,12 @@ def fine_tune(spec, args, data, teacher, start_progress, device, dtype):
     # A generator of its own: scoring leaves other randomness alone.
     loader = partial(DataLoader, num_workers=args.workers, collate_fn=by_shape,
                      generator=torch.Generator(), worker_init_fn=leave_signals)
-    val = loader(held_out, args.batch_size)
-    if args.freeze:                                     # features of whole photos, computed once
+    val = loader(held_out, args.batch_size // WORLD)
+    if args.freeze:             # features of whole photos, computed once, of what will be drawn
         short = partial(whole, points=POINTS) if segment else whole
-        photos = loader(Draws(source, read, short), args.batch_size) if args.steps else []
+        drawn = permutation(len(source), args.seed, 0)[:args.steps * args.batch_size]
+        photos = loader(Draws(Subset(source, sorted(drawn.tolist())), read, short),
+                        args.batch_size // WORLD)
         found, val = (cached(vit, part, task, False, device, dtype) for part in (photos, val))
         items = [item for batch in found for group in batch for item in zip(*group)]
         draws = Draws(items, tuple, tuple, args.seed)

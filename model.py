@@ -30,6 +30,7 @@ import zlib
 from collections import Counter, defaultdict
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from functools import lru_cache, partial
 from itertools import count, product
 from pathlib import Path
@@ -620,7 +621,8 @@ def write_whole(path, content):
     except (OSError, ValueError) as error:              # no room, or NaN where a number should be
         raise InputError(f"{path} could not be written: {one_line(error)}") from None
     finally:                                            # a signal may have ended it
-        part.unlink(missing_ok=True)
+        with suppress(OSError):                         # the name may be too long
+            part.unlink(missing_ok=True)
 
 
 def save_vit(model, path, head=None, **facts):
@@ -887,7 +889,8 @@ def device_and_dtype(name):
     if WORLD > 1 and not dist.is_initialized():
         if device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("nccl" if device == "cuda" else "gloo")
+        dist.init_process_group("nccl" if device == "cuda" else "gloo",
+                                timeout=timedelta(hours=12))    # rank 0 may download for long
     if name == "auto":
         native = (torch.cuda.is_bf16_supported(including_emulation=False) if device == "cuda" else
                   getattr(torch.cpu, "_is_avx512_bf16_supported", bool)())  # no public name yet
@@ -957,7 +960,7 @@ def loaders(args, source, held_out, first, most=256):
     draws = range(first * args.batch_size + RANK, args.steps * args.batch_size, WORLD)
     train = loader(Draws(source, read, crop, args.seed), args.batch_size // WORLD, sampler=draws)
     few = Subset(held_out, range(0, len(held_out), math.ceil(len(held_out) / most)))
-    return train, loader(Draws(few, read, whole), args.batch_size)
+    return train, loader(Draws(few, read, whole), args.batch_size // WORLD)
 
 
 def fingerprint(weights, *sources):
@@ -978,9 +981,11 @@ def hold(mark, out):
     hold.file = open(mark, "r+b")                       # locked while this process lives
     try:
         fcntl.lockf(hold.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    except (BlockingIOError, PermissionError):
         raise InputError(f"--out {out} is being written by another run: wait for its end, or name "
                          "another folder") from None
+    except OSError:                                     # a file system without locks
+        pass
 
 
 def open_out(args, inputs, read=""):
@@ -1151,6 +1156,10 @@ class Progress:
 
 def run(main):
     """A script's main(), with what a user can mend as one line on stderr instead of a traceback."""
+    with suppress(ImportError, OSError, ValueError):    # Windows has no limit, others may refuse
+        import resource                                 # workers send each tensor as an open file
+        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")            # a terminal that cannot print a file's name
     if RANK > 0:

@@ -105,7 +105,8 @@ def against_timm(device):
 
 
 NAMES = {"linear-1": "linear, stage 1", "linear-12": "linear, stages 1 + 2", "linear_conv-1": "linear_conv, stage 1",
-         "linear_conv-12": "linear_conv, stages 1 + 2", "linear_conv-12-448": "the same, last part at 448 px"}
+         "linear_conv-12": "linear_conv, stages 1 + 2", "linear_conv-12-448": "the same, last part at 448 px",
+         "linear_conv-12-earlier": "linear_conv, 1 + 2, before the weight of CLS"}
 MEASURES = {"photos": "photos in the last stage", "cls_cosine": "CLS cosine", "patch_cosine": "patch cosine", "whitened_error": "whitened error",
             "top-1 224": "top-1, 224 px", "mIoU 224, linear head": "mIoU, 224 px", "mIoU 224, mask head": "mIoU, 224 px, mask head",
             "mIoU 448, linear head of 224": "448 px, head of 224", "mIoU 448, mask head of 224": "448 px, mask head of 224",
@@ -141,9 +142,9 @@ def study(device, measures=tuple(MEASURES), left_out=(), spread=True):
 
 def study_short(device):
     """README's."""
-    return study(device, ("top-1 224", "mIoU 224, linear head", "mIoU 448, linear head of 224", "mIoU 448, linear head",
+    return study(device, ("top-1 224", "mIoU 224, linear head", "mIoU 224, mask head", "mIoU 448, linear head",
                           "mIoU 672, linear head of 448"),
-                 ("linear-1", "linear_conv-1"), spread=False)
+                 ("linear-1", "linear_conv-1", "linear_conv-12-earlier"), spread=False)
 
 
 def speed(device):
@@ -163,17 +164,6 @@ def first_steps(device):
                  [[row.removesuffix("-short"), *(f"{found[key][0]:.3f}" for key in SHORT)] for row, found in value.items()])
 
 
-def few_photos(device):
-    """linear_conv after stages 1 and 2 of equal steps, by the number of photos they were drawn from."""
-    value = study_values()
-    rows = {row.removeprefix("linear_conv-12-of-"): value[row] for row in value if row.startswith("linear_conv-12-of-")}
-    rows["5,466"] = value["linear_conv-12"]
-    score = "mIoU 224, linear head"
-    return table(["photos", *(MEASURES[key] for key in (*SHORT, score))], [
-        [f"{int(photos.replace(',', '')):,}", *(f"{found[key][0]:.3f}" for key in SHORT),
-         f"{found[score][0]:.1f} ({100 * found[score][0] / value['teacher'][score][0]:.1f}%)"] for photos, found in rows.items()])
-
-
 def tuned(device):
     """Top-1 of tuned backbones, with and without stage 1's loss beside the cross-entropy."""
     value, columns = study_values(), {f"top-1 224, tuned, --align {weight}": weight for weight in ("0", "50")}
@@ -191,7 +181,7 @@ def demo(device):
         for row in rows])
 
 
-TABLES = (demo, study_short, study, speed, first_steps, few_photos, tuned, short, gains, memory, operator, choices, training, loading, against_timm)
+TABLES = (demo, study_short, study, speed, first_steps, tuned, short, gains, memory, operator, choices, training, loading, against_timm)
 
 if __name__ == "__main__":
     for make in TABLES:

@@ -6,6 +6,7 @@ import copy
 import json
 import math
 import shutil
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,13 +15,14 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
+from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
 import finetune
 from conftest import (ARCH, SIZE, brief, call, header, log_of, middle, moved, random_images,
                       random_vit, refusal, same, seeded)
 from finetune import IGNORE, PALETTE, evaluate, kept_head, make_head, task_loss, upsampled_classes
-from model import load_vit, read_image, read_weights
+from model import Draws, load_vit, read_image, read_weights
 
 FREEZE = pytest.mark.parametrize("freeze", ([], ["--freeze"]), ids=("tuned", "frozen"))
 TASKS = pytest.mark.parametrize("task", ("classify", "segment"))
@@ -141,12 +143,12 @@ def test_rows_differ_in_nothing_but_the_weights(files, tmp_path, heads, freeze):
     assert len(heads) == 4 and not any(moved(heads[0], head) for head in heads)
 
 
-def test_from_scratch_keeps_only_the_architecture(files, tmp_path):
-    file = files / "teacher.safetensors"
-    tune(files, tmp_path, "classify", "--from-scratch", "--weights", file, f"{file}:linear",
+def test_from_scratch_keeps_only_the_architecture(files, chain, tmp_path):
+    file, student = files / "teacher.safetensors", chain / "one/student.safetensors"
+    tune(files, tmp_path, "classify", "--from-scratch", "--weights", file, f"{file}:relu", student,
          "--lr", 1e-30)
     start, rows = load_vit(file), rows_of(tmp_path)
-    for row, attention in zip(rows, ("softmax", "linear"), strict=True):
+    for row, attention in zip(rows, ("softmax", "relu", "linear"), strict=True):
         vit = load_vit(row["checkpoint"])
         assert row["stage"] == "scratch" and vit.attention == attention and vit.arch == start.arch
         assert moved(start.state_dict(), vit.state_dict()) == start.state_dict().keys()
@@ -353,6 +355,7 @@ def test_predict_writes_masks(files, tuned, tmp_path):
     assert seen == {0, 7}
     both = files / "segment/train", files / "segment/val"
     assert "one name" in refusal(call, *predict, *both, "--out", tmp_path / "both")
+    assert "nowhere" in refusal(call, *predict, photos[0], tmp_path / "nowhere")
 
 
 SHAPES = [(40, 48), (48, 40), (20, 200), (150, 30), (5, 7), (1, 1), (33, 32)]
@@ -480,17 +483,22 @@ def test_mask_head(attention):
 
 @FREEZE
 def test_the_kind_of_head_is_remembered(files, tuned, tmp_path, freeze):
-    """By --predict, --steps 0 and FILE:OPERATOR, which swaps the head's operator, too."""
+    """By --predict, --steps 0 and FILE:OPERATOR, which swaps its operator, too; so is --size."""
     teacher, out = files / "teacher.safetensors", tmp_path / "out"
-    tune(files, out, "segment", "--head", "mask", *freeze, "--weights", f"{teacher}:linear_conv")
+    tune(files, out, "segment", "--head", "mask", *freeze, "--weights", f"{teacher}:linear_conv",
+         "--size", 8)
     file, head = out / "0-segment.safetensors", make_head(ARCH, "segment", 2, "mask", "linear_conv")
     assert header(file)["head_kind"] == "mask" and rows_of(out)[0]["head_kind"] == "mask"
     assert kept_head(head, file, "segment", ["0", "7"], [0, 7], "mask")
     assert not kept_head(make_head(ARCH, "segment", 2), file, "segment", ["0", "7"], [0, 7])
     said = tune(files, tmp_path / "again", "segment", "--weights", file, f"{file}:linear",
-                "--steps", 0, *freeze)
+                "--steps", 0, "--size", 8, *freeze)
     rows = rows_of(tmp_path / "again")
     assert said.count("is kept") == 4 and rows[0]["head_kind"] == "mask"
+    call(finetune, "--task", "segment", "--data", files / "segment", "--weights", f"{file}:linear",
+         "--steps", 0, *freeze, "--out", tmp_path / "alone")
+    alone, = rows_of(tmp_path / "alone")
+    assert alone["size"] == 8 and alone["score"] == rows[1]["score"]
     assert rows[0]["score"] == pytest.approx(rows_of(out)[0]["score"], abs=1 if freeze else 1e-9)
     call(finetune, "--weights", file, "--predict", files / "segment/val/images", "--out",
          tmp_path / "predicted")
@@ -519,6 +527,21 @@ def test_a_frozen_run_caches_photos_of_any_shape(files, tmp_path, monkeypatch):
         zip(shapes, cached.source))
     order = [id(cached[i][0][0]) for i in range(7)]
     assert sorted(order) == sorted(id(x) for x, _ in cached.source) and cached.seed == 5
+    made.clear()                                        # and none that is not drawn
+    tune(tmp_path, tmp_path / "few", "segment", "--freeze", "--weights", teacher, "--steps", 1,
+         "--batch-size", 2)
+    assert any(isinstance(draws.source, list) and len(draws) == 2 for draws in made)
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="counts open files by /proc")
+def test_cached_features_of_workers_keep_no_file_open(files):
+    read = partial(finetune.read_item, task="classify", short=SIZE)
+    photos = finetune.by_class(files / "classify")[0] * 5
+    batches = DataLoader(Draws(photos, read, finetune.views_of("classify", SIZE, 8)[1]), 1,
+                         num_workers=1, collate_fn=finetune.by_shape)
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    kept = finetune.cached(random_vit(), batches, "classify", False, "cpu", torch.float32)
+    assert len(kept) == len(photos) > 20 > len(list(Path("/proc/self/fd").iterdir())) - before
 
 
 @FREEZE
