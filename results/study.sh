@@ -74,6 +74,11 @@ for seed in "$@"; do
     --weights $WEIGHTS $WEIGHTS:linear $students $last $few
   python results/heads.py $out/segment-224 $MASK -- $segment --size 224 --steps 400 --weights $WEIGHTS $large
   python results/heads.py $out/segment-448 $HEADS -- $segment --size 448 --steps 400 --weights $WEIGHTS $large $last
+  for row in teacher linear_conv-12; do       # tuned, with the better head
+    weights=$([ $row = teacher ] && echo $WEIGHTS || echo $out/$row/student.safetensors)
+    unless $out/tuned-224/$row/metrics.json python finetune.py --task segment $segment --size 224 --head mask \
+      --steps $TUNED --batch-size 8 --weights $weights --seed $seed --out $out/tuned-224/$row
+  done
   kept() {                                    # kept SIZE OF HEADS ROW ...: heads of OF pixels, scored at SIZE
     local size=$1 of=$2 heads=$3; shift 3
     python results/heads.py $out/segment-$size-of-$of $heads -- $segment --size $size --steps 0 \

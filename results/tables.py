@@ -165,11 +165,13 @@ def first_steps(device):
 
 
 def tuned(device):
-    """Top-1 of tuned backbones, with and without stage 1's loss beside the cross-entropy."""
-    value, columns = study_values(), {f"top-1 224, tuned, --align {weight}": weight for weight in ("0", "50")}
-    return table(["tuned backbone", "alone", "--align 50"], [
+    """Tuned backbones: top-1 with and without stage 1's loss beside the cross-entropy, and mIoU."""
+    value = study_values()
+    columns = {"top-1 224, tuned, --align 0": "top-1", "top-1 224, tuned, --align 50": "top-1, --align 50",
+               "mIoU 224, mask head, tuned": "mIoU, mask head"}
+    return table(["tuned backbone, 224 px", *columns.values()], [
         [NAMES.get(row, row), *(f"{found[key][0]:.1f}" if key in found else "-" for key in columns)]
-        for row, found in value.items() if any(key in found for key in columns)])
+        for row, found in value.items() if found.keys() & columns.keys()])
 
 
 def demo(device):

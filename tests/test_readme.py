@@ -31,7 +31,7 @@ def commands():
     texts = [*blocks, *shell, PAGES["demo/README.md"], *(m.__doc__ for m in SCRIPTS.values())]
     texts += re.findall(r"`(python \w+\.py[^`]*)`", "\n".join(PAGES.values()))
     values = dict(data="--teacher T --data D", head="linear", dtype="float32", same="", flags="",
-                  teacher="--teacher T", rows="T S", students="T S")        # others: 1
+                  segment="--data D", teacher="--teacher T", rows="T S", students="T S")
     for line in "\n".join(texts).replace("\\\n", " ").splitlines():
         line = re.sub(r"\$(\(\(.*?\)\)|\w+)", lambda name: values.get(name[1], "1"), line)
         for part in line.split("&&"):
