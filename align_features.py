@@ -198,7 +198,7 @@ def main(argv=None):
     shown = held_out.dataset                # eight of them, from all over the set
     places = range(0, len(shown), math.ceil(len(shown) / 8))
     images = torch.stack([shown[i][0] for i in places])
-    if len(images) * (args.size // teacher.arch.patch) ** 2 > 3:      # 3 axes need 4
+    if len(images) * (args.size // teacher.arch.patch) ** 2 > 3:    # 3 axes need 4 patches
         picture(teacher, student, images.to(device), out / "features.png")
     progress.finish()
     print(f"wrote {out / 'student.safetensors'}")

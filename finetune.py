@@ -514,7 +514,9 @@ def load_backbone(spec, from_scratch):
     name, operator = (name, operator) if name and operator in ATTENTION else (spec, None)
     if from_scratch:
         known = [arch for key, arch in KNOWN.items() if name in (key, key.partition(".")[0])]
-        vit = ViT(known[0]) if known else load_vit(name)        # a name need not be downloaded
+        if known:                                       # a name need not be downloaded
+            return ViT(known[0], operator or "softmax"), None, "scratch"
+        vit = load_vit(name)
         return ViT(vit.arch, operator or vit.attention), None, "scratch"
     vit = load_vit(name)
     if operator in (None, vit.attention):

@@ -1013,7 +1013,7 @@ def open_out(args, inputs, read=""):
             if b'"script"' not in found:
                 raise InputError(f"--out {args.out} holds files that no run of this version wrote: "
                                  "name an empty or a new folder")
-            hold(mark, args.out)                        # read later, it would not be held any more
+            hold(mark, args.out)                        # to read it after this would unlock it
             if not state.is_file() or found != settings:
                 aside = next(p for i in count(1) if not os.path.lexists(p := Path(f"{out}-{i}")))
                 out.rename(aside)

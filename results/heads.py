@@ -4,7 +4,7 @@
         --weights NAME=FILE FILE ...
 
 HEAD:SEED, then flags of finetune.py: each of --weights x HEAD:SEED is what `finetune.py --task segment --freeze --head HEAD
---seed SEED` with these flags does, written to OUT/ROW-HEAD-SEED. What is there is not made again. Heads that are to be scored
+--seed SEED` with these flags does, if its steps draw every photo, written to OUT/ROW-HEAD-SEED. What is there is not made again. Heads that are to be scored
 at another size: --steps 0 and `--weights OUT/{row}-{head}-{seed}/0-segment.safetensors`, the braces as they are, with --rows ROW ....
 """
 import sys

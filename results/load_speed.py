@@ -4,7 +4,6 @@ Writes results/load-speed.csv: images/s of reading alone (whole, and with the JP
 own Draws (read, crop, resize, flip), each on one thread over the same photos, in turns.
 """
 import csv
-import os
 import platform
 import sys
 from functools import partial
@@ -19,8 +18,6 @@ import bench
 from model import Draws, find_images, read_image, run
 
 PIXELS, PHOTOS = 224, 256
-
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")                         # the profiler complains of a missing GPU
 
 
 def main(folder):

@@ -3,7 +3,6 @@
 Writes results/timm-speed.csv: milliseconds per batch, eager, float32, without gradients; ratio: timm's time / ours.
 """
 import csv
-import os
 import sys
 from pathlib import Path
 
@@ -14,7 +13,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import bench
 from model import KNOWN, ViT, linearize
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")                         # the profiler complains of a missing GPU
 NAME = bench.MODELS["vits14"]
 device = "cuda" if torch.cuda.is_available() else "cpu"
 theirs = timm.create_model(NAME, dynamic_img_size=True).eval().to(device)

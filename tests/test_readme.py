@@ -25,7 +25,8 @@ README = PAGES["README.md"]
 
 
 def commands():
-    """Every call of a script on the pages, in results/*.sh and in the scripts' own docstrings."""
+    """Every call of a script on the pages, in results/*.sh and in the scripts' own docstrings. A
+    shell's variable becomes its value here, any other 1."""
     blocks = re.findall(r"```sh[^\n]*\n(.*?)```", README, re.S)
     shell = [path.read_text() for path in (ROOT / "results").glob("*.sh")]
     texts = [*blocks, *shell, PAGES["demo/README.md"], *(m.__doc__ for m in SCRIPTS.values())]
