@@ -74,7 +74,7 @@ class EluPlusOne(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x):
-        y = x.clamp(-30, 0).exp_().add_(x.relu())
+        y = x.clamp(-30, 0).exp_() + x.relu()           # add_: torch 2.11 compiles a gradient of 0
         ctx.save_for_backward(y)
         return y
 
