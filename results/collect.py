@@ -2,8 +2,8 @@
 
     python results/collect.py runs/study results/study
 
-Reads FOLDER/seed*/**/metrics.json (finetune.py, heads.py), FOLDER/tuned-ROW-WEIGHT/metrics.json (WEIGHT of --align) and
-FOLDER/seed*/*/report.json (stages 1 and 2).
+Reads FOLDER/seed*/**/metrics.json of finetune.py, where SCORES/ROW/RUN/metrics.json (study.sh) says which row and what was scored, else the
+weights do, and FOLDER/seed*/*/report.json of stages 1 and 2.
 """
 import csv
 import json
@@ -14,13 +14,17 @@ from pathlib import Path
 FINAL = ("cls_cosine", "patch_cosine", "whitened_error")
 
 
-def name(weights):
-    """The row a weight file belongs to: its run's folder for a student, else teacher or no alignment; heads.py's checkpoints
-    lie in ROW-HEAD-SEED."""
-    path = Path(weights)
-    if path.stem == "0-segment":
-        return path.parent.name.rsplit("-", 2)[0].replace("no-alignment", "no alignment")
-    return path.parent.name if path.stem == "student" else "no alignment" if ":" in path.name else "teacher"
+def names(file, row):
+    """-> the row, the column that a score belongs to."""
+    column, weights = f"{row['metric']} {row['size']}", Path(row["weights"])
+    if row["task"] == "segment":
+        column += f", {row['head_kind']} head"
+    if file.parts[-4] in ("scores", "tuned"):           # scores/ROW/segment-SIZE-of-OLD-HEAD, tuned/ROW/TASK-SIZE-align-WEIGHT
+        task, size, *more = file.parent.name.split("-")
+        column += f" of {more[1]}" if len(more) == 3 else f", tuned, --align {more[1]}" if len(more) == 2 else ""
+        return file.parts[-3].replace("no-alignment", "no alignment"), column
+    name = weights.parent.name if weights.stem == "student" else "no alignment" if ":" in weights.name else "teacher"
+    return name, column + ("" if row["frozen"] else ", tuned")
 
 
 def show(values):
@@ -31,13 +35,10 @@ def show(values):
 
 def main(folder, target):
     scores, extra = {}, {}
-    for file in sorted([*Path(folder).glob("seed*/**/metrics.json"), *Path(folder).glob("tuned-*/metrics.json")]):
+    for file in sorted(Path(folder).glob("seed*/**/metrics.json")):
         for row in json.loads(file.read_text()):
-            head = f", {row['head_kind']} head" if row["task"] == "segment" else ""
-            head += f" of {Path(row['weights']).parts[-3].split('-')[1]}" if row["kept_head"] else ""   # segment-SIZE
-            aligned = f", --align {file.parent.name.rpartition('-')[2]}" if file.parent.name.startswith("tuned-") else ""
-            column = f"{row['metric']} {row['size']}{head}" + ("" if row["frozen"] else f", tuned{aligned}")
-            scores.setdefault(name(row["weights"]), {}).setdefault(column, []).append(row["score"])
+            name, column = names(file, row)
+            scores.setdefault(name, {}).setdefault(column, []).append(row["score"])
     for file in sorted(Path(folder).glob("seed*/*/report.json")):
         report = json.loads(file.read_text())
         row, training = extra.setdefault(file.parent.name, {}), report["training"]

@@ -26,6 +26,10 @@ from model import ATTENTION, Architecture, Draws, InputError, Operator, ViT, lin
 from model import load_vit, read_image, read_weights, save_vit
 
 torch.set_num_threads(1)                                # small tensors: more threads only wait
+GPU = torch.cuda.is_available()                         # test_cuda.py's; all else is tested on the
+torch.cuda.is_available = lambda: False                 # CPU, which repeats a run bit for bit
+VISIBLE = os.environ.get("CUDA_VISIBLE_DEVICES")
+os.environ["CUDA_VISIBLE_DEVICES"] = ""                 # of the processes that tests start
 sys.modules["matplotlib.figure"] = None                 # curves take longer than the runs here
 
 
