@@ -10,6 +10,8 @@ from functools import partial
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"                     # before torch: forks with a pool hang
+if "ADALA_GPU" not in os.environ:       # all but test_cuda.py test what a CPU repeats bit for bit,
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""             # and forks of what sees a GPU cannot train
 import numpy as np
 import pytest
 import torch
@@ -26,10 +28,6 @@ from model import ATTENTION, Architecture, Draws, InputError, Operator, ViT, lin
 from model import load_vit, read_image, read_weights, save_vit
 
 torch.set_num_threads(1)                                # small tensors: more threads only wait
-GPU = torch.cuda.is_available()                         # test_cuda.py's; all else is tested on the
-torch.cuda.is_available = lambda: False                 # CPU, which repeats a run bit for bit
-VISIBLE = os.environ.get("CUDA_VISIBLE_DEVICES")
-os.environ["CUDA_VISIBLE_DEVICES"] = ""                 # of the processes that tests start
 sys.modules["matplotlib.figure"] = None                 # curves take longer than the runs here
 
 

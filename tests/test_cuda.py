@@ -1,4 +1,7 @@
-"""What only a GPU can show; skipped without one. Everything else is tested on the CPU."""
+"""What only a GPU can show: ADALA_GPU=1 python -m pytest -q tests/test_cuda.py
+
+All other tests run on the CPU, also where there is a GPU, which does not repeat a run bit for bit.
+"""
 import json
 import math
 import os
@@ -14,22 +17,16 @@ import align_features
 import bench
 import finetune
 import model
-from conftest import BRIEF, GPU, VISIBLE, brief, call, error, log_of, moved, report_of, seeded
-from conftest import student_of
+from conftest import BRIEF, brief, call, error, log_of, moved, report_of, seeded, student_of
 from model import ATTENTION, Architecture, ViT, linear_reference, linearize
 
-pytestmark = pytest.mark.skipif(not GPU, reason="needs a GPU")
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs ADALA_GPU=1 and a GPU")
 ONE_HEAD = Architecture(64, 1, 1, 64, patch=4, grid=(32, 32), registers=1)
 LIMIT = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
 
 @pytest.fixture(autouse=True)
-def gpu(monkeypatch):
-    """The GPU that conftest.py hides."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
-    if VISIBLE is not None:
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", VISIBLE)
+def fresh():
     torch._dynamo.reset()
 
 
