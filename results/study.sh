@@ -38,11 +38,11 @@ one() {                                       # one ROW OUT flags: stage 1
     *-keep2) flags="--attention ${row%-keep2} --keep-softmax 2" ;;
     *) flags="--attention $row" ;;
   esac
-  unless $to/report.json python align_attention.py $same --size 224 $flags "$@" --out $to
+  unless $to/report.json python align_attention.py --teacher $WEIGHTS $same --size 224 $flags "$@" --out $to
 }
 two() {                                       # two OUT flags: stage 2
   local to=$1; shift
-  unless $to/report.json python align_features.py $same "$@" --out $to
+  unless $to/report.json python align_features.py --teacher $WEIGHTS $same "$@" --out $to
 }
 both() {                                      # both ROW END folders of photos: stages 1 and 2
   local row=$1 end=$2; shift 2
@@ -83,17 +83,17 @@ for part, most in ("train", int(count)), ("val", None):
 END
 }
 score() {                                     # score RUNS ROW: of a frozen backbone, see score.py
-  python results/score.py $out/scores/$2 "$(weights $2)" $PROBE $VOC $1 -- --dtype bfloat16 --seed $seed $FLAGS
+  python results/score.py $out/scores/$2 "$(weights $2)" $PROBE $VOC $1 -- $same
 }
 weights() {
   case $1 in teacher) echo $WEIGHTS ;; no-alignment) echo $WEIGHTS:linear ;; *) echo $out/$1/student.safetensors ;; esac
 }
 tuned() {                                     # tuned TASK ROW WEIGHT: with WEIGHT of stage 1's loss
-  local to=$out/tuned/$2/$1-224-align-$3 flags="--data $PROBE"
-  [ $1 = classify ] || flags="--data $VOC --head mask"
+  local task=$1 to=$out/tuned/$2/$1-224-align-$3 flags="--data $PROBE"
+  [ $task = classify ] || flags="--data $VOC --head mask"
   [ $3 = 0 ] || flags="$flags --align $3 --teacher $WEIGHTS"
-  unless $to/metrics.json python finetune.py --task $1 $flags --size 224 --steps $TUNED --batch-size $BATCH --lr 3e-5 \
-    --every 1000 --weights $(weights $2) --seed $seed --dtype bfloat16 $FLAGS --out $to
+  unless $to/metrics.json python finetune.py --task $task $flags --size 224 --steps $TUNED --batch-size $BATCH --lr 3e-5 \
+    --every 1000 --weights $(weights $2) $same --out $to
 }
 
 failed=$(mktemp)
@@ -101,7 +101,7 @@ for count in $FEW; do links $count; done
 for part in ${PARTS-rows others tuned}; do
   for seed in "$@"; do
     out=runs/study/seed$seed
-    same="--teacher $WEIGHTS --dtype bfloat16 --seed $seed $FLAGS"
+    same="--dtype bfloat16 --seed $seed $FLAGS"
     first=$([ $seed != $1 ] || echo yes)
     case $part in
       rows)

@@ -31,10 +31,10 @@ def commands():
     shell = [path.read_text() for path in (ROOT / "results").glob("*.sh")]
     texts = [*blocks, *shell, PAGES["demo/README.md"], *(m.__doc__ for m in SCRIPTS.values())]
     texts += re.findall(r"`(python \w+\.py[^`]*)`", "\n".join(PAGES.values()))
-    values = dict(data="--teacher T --data D", head="linear", dtype="float32", same="", flags="",
-                  segment="--data D", teacher="--teacher T", rows="T S", students="T S")
+    values = {"@": "--data D", "data": "--teacher T --data D", "dtype": "float32", "flags": "",
+              "rows": "T S", "same": "", "task": "segment --data D", "FLAGS": ""}
     for line in "\n".join(texts).replace("\\\n", " ").splitlines():
-        line = re.sub(r"\$(\(\(.*?\)\)|\w+)", lambda name: values.get(name[1], "1"), line)
+        line = re.sub(r"\$(\(\(.*?\)\)|\w+|@)", lambda name: values.get(name[1], "1"), line)
         for part in line.split("&&"):
             if match := re.match(r"(?: *unless \S+)? *python (\w+\.py.*)", part):
                 yield " ".join(shlex.split(match[1], comments=True))
