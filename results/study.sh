@@ -6,8 +6,8 @@
 # seeds, of photos and heads. ROWS go through stages 1 and 2, ONE and TWO steps of BATCH photos; OTHERS, the curve over FEW photos
 # (the steps the same) and stage 2 ALONE with the first seed only. LAST: steps of stage 2 at 448 pixels, of 8 photos of VOC,
 # which are large enough. SHORT: steps of 16 photos of stage 1 of ROWS, which end there. TUNED: steps of BATCH photos of PROBE or VOC
-# for a tuned backbone. PARTS: rows, others, tuned. JOBS: how many run at a time; FLAGS: more flags for all. Stopped, the same command goes on: what is there
-# is not made again. Then
+# for a tuned backbone. PARTS: rows, others, tuned. JOBS: how many run at a time; FLAGS: more flags for all. Stopped, the same
+# command goes on: what is there is not made again. Then
 #   python results/collect.py runs/study results/study
 set -eu
 ONE=${ONE:-640} TWO=${TWO:-600} BATCH=${BATCH:-16} LAST=${LAST:-120} SHORT=${SHORT:-80} TUNED=${TUNED:-400} JOBS=${JOBS:-1} FLAGS=${FLAGS-}
@@ -122,4 +122,5 @@ for part in ${PARTS-rows others tuned}; do
   done
   [ $part = rows ] || wait                    # tuned needs the students
 done
+wait
 [ ! -s $failed ] || { echo "study.sh: these failed, see above"; cat $failed; exit 1; }
