@@ -1,4 +1,4 @@
-"""README's and results/README.md's efficiency tables, from the CSV files beside this one: python results/tables.py [device]"""
+"""README's and results/README.md's tables, from the CSV files beside this one: python results/tables.py [device]"""
 import csv
 import sys
 from pathlib import Path
@@ -104,9 +104,10 @@ def against_timm(device):
                  [[*point, times(value[(*point, "ours")]), times(value[(*point, "ours, linear")])] for point in points])
 
 
-NAMES = {"linear-1": "linear, stage 1", "linear-12": "linear, stages 1 + 2", "linear_conv-1": "linear_conv, stage 1",
-         "linear_conv-12": "linear_conv, stages 1 + 2", "linear_conv-12-448": "the same, last part at 448 px",
-         "linear_conv-12-earlier": "linear_conv, 1 + 2, before the weight of CLS"}
+NAMES = {"linear-1": "linear, stage 1", "linear-2": "linear, stage 2 alone", "linear-12": "linear, stages 1 + 2", "linear-12-448": "the same, last part at 448 px",
+         "linear_conv-1": "linear_conv, stage 1", "linear_conv-2": "linear_conv, stage 2 alone", "linear_conv-12": "linear_conv, stages 1 + 2",
+         "linear_conv-12-448": "the same, last part at 448 px", "linear_conv-12-of-500": "linear_conv, 1 + 2, from 500 photos",
+         "linear-qkv-1": "linear, stage 1, --train qkv", "linear_conv-12-earlier": "linear_conv, 1 + 2, before the weight of CLS"}
 MEASURES = {"photos": "photos in the last stage", "cls_cosine": "CLS cosine", "patch_cosine": "patch cosine", "whitened_error": "whitened error",
             "top-1 224": "top-1, 224 px", "mIoU 224, linear head": "mIoU, 224 px", "mIoU 224, mask head": "mIoU, 224 px, mask head",
             "mIoU 448, linear head of 224": "448 px, head of 224", "mIoU 448, mask head of 224": "448 px, mask head of 224",
@@ -114,37 +115,53 @@ MEASURES = {"photos": "photos in the last stage", "cls_cosine": "CLS cosine", "p
 SHORT = "cls_cosine", "patch_cosine", "whitened_error"
 
 
-def study_values():
+def study_values(file="study.csv"):
     """{row: {column: (mean, lowest, highest)}}"""
     value = {}
-    for row in read("study.csv"):
+    for row in read(file):
         value.setdefault(row["row"], {})[row["column"]] = tuple(float(row[key]) for key in ("mean", "lowest", "highest"))
     return value
 
 
-def study(device, measures=tuple(MEASURES), left_out=(), spread=True):
-    """The real-weights rows of study.csv; a score with its share of the teacher's and, in the long table, the range of its heads' seeds."""
-    value = study_values()
+def study(device, file="study.csv", measures=tuple(MEASURES), shown=("teacher", "no alignment", *NAMES), spread=True):
+    """The real-weights rows of study.csv; a score with its share of the teacher's and, in the long tables, the range of its seeds."""
+    value = study_values(file)
 
     def cell(row, key):
         if key not in value[row]:
             return "-"
         (found, low, high), best = value[row][key], value["teacher"].get(key)
         if not best:
-            return f"{found:,.0f}" if key == "photos" else f"{found:.3f}"
+            return f"{found:,.0f}" if key == "photos" else f"{found:.3f}" + (f", {low:.3f} to {high:.3f}" if low < high else "")
         share = "" if row == "teacher" else f" ({100 * found / best[0]:.1f}%)"
         return f"{found:.1f}{share}" + (f", {low:.1f} to {high:.1f}" if spread and low < high else "")
 
-    order = ["teacher", "no alignment", *NAMES]
+    measures = [key for key in measures if any(key in found for found in value.values())]
     return table(["frozen backbone", *(MEASURES[key] for key in measures)],
-                 [[NAMES.get(row, row), *(cell(row, key) for key in measures)] for row in order if row in value and row not in left_out])
+                 [[NAMES.get(row, row), *(cell(row, key) for key in measures)] for row in shown if row in value])
+
+
+def study_cpu(device):
+    """The same with fewer photos."""
+    return study(device, "study-cpu.csv")
 
 
 def study_short(device):
     """README's."""
-    return study(device, ("top-1 224", "mIoU 224, linear head", "mIoU 224, mask head", "mIoU 448, linear head",
-                          "mIoU 672, linear head of 448"),
-                 ("linear-1", "linear_conv-1", "linear_conv-12-earlier"), spread=False)
+    return study(device, measures=("top-1 224", "mIoU 224, linear head", "mIoU 224, mask head", "mIoU 448, linear head", "mIoU 672, linear head of 448"),
+                 shown=("teacher", "no alignment", "linear-2", "linear-1", "linear-12", "linear_conv-12", "linear_conv-12-of-500"), spread=False)
+
+
+def gpu(device):
+    """Images/s on a GPU, and how many times that of fused softmax they are."""
+    rows = [row for path in sorted(HERE.glob("bench-nvidia-*-model-*.csv")) for row in read(path.name) if row["images_per_s"]]
+    value = {(row["model"], row["batch"], row["name"], row["pixels"]): f"{float(row['images_per_s']):,.0f} ({1 / float(row['ratio']):.2f}x)" for row in rows}
+    names = {"softmax_reference, float32": "written-out softmax, float32", "softmax_reference": "written-out softmax"}
+    pixels = sorted({row["pixels"] for row in rows}, key=int)
+    return table(["model, batch, operator", *(f"{p} px" for p in pixels)], [
+        [f"{model}, {batch}, {names.get(name, name)}", *(value.get((model, batch, name, p), "-") for p in pixels)]
+        for model, batch in sorted({key[:2] for key in value})
+        for name in ("softmax_reference, float32", "softmax_reference", "softmax", "linear", "linear_conv")])
 
 
 def speed(device):
@@ -159,19 +176,17 @@ def speed(device):
 
 def first_steps(device):
     """Held-out agreement of every operator after a short stage 1."""
-    value = {row: found for row, found in study_values().items() if row.endswith("-short")}
+    value = {row: found for row, found in study_values("study-cpu.csv").items() if row.endswith("-short")}
     return table(["operator and what is trained", *(MEASURES[key] for key in SHORT)],
                  [[row.removesuffix("-short"), *(f"{found[key][0]:.3f}" for key in SHORT)] for row, found in value.items()])
 
 
 def tuned(device):
-    """Tuned backbones: top-1 with and without stage 1's loss beside the cross-entropy, and mIoU."""
-    value = study_values()
-    columns = {"top-1 224, tuned, --align 0": "top-1", "top-1 224, tuned, --align 50": "top-1, --align 50",
-               "mIoU 224, mask head, tuned": "mIoU, mask head"}
-    return table(["tuned backbone, 224 px", *columns.values()], [
+    """Tuned backbones: top-1 with and without stage 1's loss beside the cross-entropy; frozen for comparison."""
+    columns = {"top-1 224": "frozen", "top-1 224, tuned, --align 0": "tuned", "top-1 224, tuned, --align 50": "tuned, --align 50"}
+    return table(["top-1, 224 px", *columns.values()], [
         [NAMES.get(row, row), *(f"{found[key][0]:.1f}" if key in found else "-" for key in columns)]
-        for row, found in value.items() if found.keys() & columns.keys()])
+        for row, found in study_values().items() if any("tuned" in key for key in found)])
 
 
 def demo(device):
@@ -183,7 +198,7 @@ def demo(device):
         for row in rows])
 
 
-TABLES = (demo, study_short, study, speed, first_steps, tuned, short, gains, memory, operator, choices, training, loading, against_timm)
+TABLES = (demo, study_short, study, study_cpu, gpu, speed, first_steps, tuned, short, gains, memory, operator, choices, training, loading, against_timm)
 
 if __name__ == "__main__":
     for make in TABLES:
