@@ -163,7 +163,7 @@ def draw_attention(maps, images, queries, grid, path):
 def main(argv=None):
     args = parse(argv)
     torch.manual_seed(args.seed)
-    device, dtype = device_and_dtype(args.dtype)
+    device, dtype = device_and_dtype(args)
     scaler = torch.amp.GradScaler(device, enabled=dtype == torch.float16)
 
     teacher, student, digest = load_pair(args.teacher, args.student, args.attention,
@@ -225,7 +225,7 @@ def main(argv=None):
         key: getattr(args, key) for key in ("train", "size", "steps", "batch_size", "lr", "seed")})
     save_vit(student, out / "student.safetensors", **facts)
     before, after = kept["before"], relative_error(teacher, student, held_out, device, dtype, note)
-    whiten = whitening(teacher, train.dataset, args.batch_size, device, dtype)
+    whiten = whitening(teacher, train.dataset, train.batch_size, device, dtype)
     final = compare(teacher, student.eval(), held_out, whiten, device, dtype, note)
     print("\nheld-out relative error of the attention output (1 = mean of V)\nblock  before  after")
     for block, (old, new) in enumerate(zip(before, after)):

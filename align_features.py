@@ -15,7 +15,6 @@ features.png (photo, teacher's and student's patch features as colours).
 import math
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from functools import partial
-from itertools import islice
 
 import torch
 import torch.nn.functional as F
@@ -76,7 +75,7 @@ def whitening(teacher, draws, batch_size, device, dtype, images=128):
     Of the run's first draws. 0.03 of the mean eigenvalue is added: no direction becomes all noise.
     """
     n = total = square = 0                              # all tokens at once would take gigabytes
-    batches = islice(DataLoader(draws, batch_size), math.ceil(images / batch_size))
+    batches = DataLoader(draws, batch_size, sampler=range(min(images, len(draws))))
     for photos, _ in bar(batches, "whitening"):
         with autocast(device, dtype):
             tokens = widen(teacher(teacher.normalize(photos.to(device)))).flatten(0, 1)
@@ -139,7 +138,7 @@ def picture(teacher, student, images, path):
 def main(argv=None):
     args = parse(argv)
     torch.manual_seed(args.seed)
-    device, dtype = device_and_dtype(args.dtype)
+    device, dtype = device_and_dtype(args)
     scaler = torch.amp.GradScaler(device, enabled=dtype == torch.float16)
 
     teacher, student, digest = load_pair(args.teacher, args.student, args.attention,
@@ -165,7 +164,7 @@ def main(argv=None):
     kept = saved["kept"] if saved else dict(unread=[])
     note = partial(note_unread, unread=kept["unread"], listed=len(source) + len(held_out.dataset))
     if not saved:
-        kept["whiten"] = whitening(teacher, train.dataset, args.batch_size, device, dtype)
+        kept["whiten"] = whitening(teacher, train.dataset, train.batch_size, device, dtype)
         kept["before"] = compare(teacher, student, held_out, kept["whiten"], device, dtype, note)
     whiten = kept["whiten"].to(device)
     loss_of = partial(LOSS[args.loss], whiten=whiten)

@@ -346,7 +346,7 @@ def main(argv=None):
     args = parse(words)
     points, *seconds, base = PARTS[args.part]
     torch.manual_seed(0)
-    device, dtype = device_and_dtype(args.dtype)
+    device, dtype = device_and_dtype(args)
     kind = str(dtype).removeprefix("torch.")
     gpu = torch.cuda.get_device_name() if device == "cuda" else None
     chip = gpu or linux("cpuinfo", "model name.*: (.*)", platform.machine())

@@ -615,8 +615,8 @@ def fine_tune(spec, args, data, teacher, start_progress, device, dtype):
         items = [item for batch in found for group in batch for item in zip(*group)]
         draws = Draws(items, tuple, tuple, args.seed)
     if args.head == "mask" and not its_own and args.steps:
-        batch = by_shape([draws[j] for j in range(args.batch_size)])
-        start, = cached(vit, [batch], task, args.freeze, device, dtype)
+        photos = [by_shape([draws[j]]) for j in range(args.batch_size)]
+        start = sum(cached(vit, photos, task, args.freeze, device, dtype), [])
         head.whiten(torch.cat([x.flatten(0, 2) for x, _ in start]).to(device, wide))
 
     trained = [[*part.parameters()] for part in ([head] if args.freeze else [head, vit.train()])]
@@ -688,7 +688,7 @@ def fine_tune(spec, args, data, teacher, start_progress, device, dtype):
 
 def main(argv=None):
     args = parse(argv)
-    device, dtype = device_and_dtype(args.dtype)
+    device, dtype = device_and_dtype(args)
     if args.predict:
         return predict(args, device, dtype)
     wide, files = torch.promote_types(dtype, torch.float32), [args.teacher]

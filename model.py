@@ -883,19 +883,21 @@ def complete(args, defaults, demo):
     return args
 
 
-def device_and_dtype(name):
-    """-> (CUDA where there is one, dtype of autocast); joins torchrun's processes, if there are."""
+def device_and_dtype(args):
+    """-> (CUDA where there is one, dtype of autocast); joins torchrun's processes, if there are.
+    "auto" in args.dtype becomes what it is here: a state goes on in its own precision."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if WORLD > 1 and not dist.is_initialized():
         if device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("nccl" if device == "cuda" else "gloo",
                                 timeout=timedelta(hours=12))    # rank 0 may download for long
-    if name == "auto":
+    torch.backends.cudnn.allow_tf32 = False             # else convolutions in float32 are not
+    if args.dtype == "auto":
         native = (torch.cuda.is_bf16_supported(including_emulation=False) if device == "cuda" else
                   getattr(torch.cpu, "_is_avx512_bf16_supported", bool)())  # no public name yet
-        name = "bfloat16" if native else {"cuda": "float16", "cpu": "float32"}[device]
-    return device, getattr(torch, name)
+        args.dtype = "bfloat16" if native else {"cuda": "float16", "cpu": "float32"}[device]
+    return device, getattr(torch, args.dtype)
 
 
 def autocast(device, dtype):

@@ -284,10 +284,11 @@ def test_feature_losses_by_hand():
     assert LOSS["whitened"](have, want, whiten).item() == pytest.approx((4 + 36 + 36 + 9) / 4)
 
 
-def test_whitening_is_of_128_draws():
+@pytest.mark.parametrize("batch_size", (32, 50))
+def test_whitening_is_of_128_draws(batch_size):
     """whiten (cov + 0.03 mean eigenvalue) whiten = identity; of CLS, registers and patches."""
     teacher, images = random_vit(), random_images(140)
-    whiten = whitening(teacher, [(image, "") for image in images], 32, *CPU).double()
+    whiten = whitening(teacher, [(image, "") for image in images], batch_size, *CPU).double()
     tokens = teacher(teacher.normalize(images[:128])).detach().double().flatten(0, 1)
     cov = (tokens - tokens.mean(0)).T @ (tokens - tokens.mean(0)) / (len(tokens) - 1)
     cov += 0.03 * cov.diagonal().mean() * EYE

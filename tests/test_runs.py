@@ -5,6 +5,7 @@ a certain step is patched in. What a shell or torchrun adds is started as a comm
 """
 import hashlib
 import importlib.util
+import json
 import os
 import random
 import resource
@@ -217,6 +218,19 @@ def test_a_row_after_the_one_that_was_stopped_begins_at_its_beginning(files, tmp
     assert Run(finetune, files, out, *two).wait()[0] == 0
     assert [row["step"] for row in log_of(out)] == 2 * list(range(1, STEPS + 1))
     check_same(out, (weights(other), log_of(other)))
+
+
+def test_auto_is_what_the_device_has(files, tmp_path, monkeypatch):
+    """A state goes on in its precision; where "auto" is another one, the run begins anew."""
+    out, native = tmp_path / "out", "_is_avx512_bf16_supported"
+    monkeypatch.setattr(torch.cpu, native, lambda: True, raising=False)
+    flags = align_features, files, out, "--dtype", "auto"
+    Run(*flags, before=at(2, send(signal.SIGTERM))).wait()
+    assert json.loads((out / "run.json").read_text())["dtype"] == "bfloat16"
+    monkeypatch.setattr(torch.cpu, native, lambda: False, raising=False)
+    code, said, _ = Run(*flags).wait()
+    assert code == 0 and "goes on" not in said and (tmp_path / "out-1/state.pt").exists()
+    assert json.loads((out / "run.json").read_text())["dtype"] == "float32"
 
 
 @pytest.mark.parametrize("second", (signal.SIGINT, signal.SIGTERM))
