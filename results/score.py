@@ -4,8 +4,9 @@
 
 classify-SIZE: a linear head on the photos of PROBE. segment-SIZE-HEAD: such a head on VOC. segment-SIZE-of-OLD-HEAD: the head of segment-OLD-HEAD,
 which comes before it, scored at another size. Each is the finetune.py command that it prints, and is written to a folder of its name in OUT; what is
-there is not made again.
+there is not made again, so remove OUT with a student that is.
 """
+import hashlib
 import sys
 from pathlib import Path
 
@@ -29,9 +30,13 @@ def once(function, key):
 
 
 def features_of(vit, batches, task, *_):
-    """What tells sets of features of this backbone apart: which photos, read how. A mask head starts from a list: not kept."""
-    photos = getattr(batches, "dataset", None)
-    return (task, len(photos), str(photos.source[0]), str(photos.transform)) if photos else None
+    """What tells sets of features apart: of which backbone and photos, read how. A mask head starts from a list: not kept."""
+    if isinstance(batches, list):
+        return None
+    photos, digest = batches.dataset, hashlib.sha256(vit.attention.encode())
+    for tensor in vit.state_dict().values():
+        digest.update(tensor.cpu().numpy().tobytes())
+    return digest.digest(), task, len(photos), str(photos.source[0]), str(photos.transform)
 
 
 def main(out, weights, probe, voc, *rest):

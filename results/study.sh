@@ -6,8 +6,8 @@
 # seeds, of photos and heads. ROWS go through stages 1 and 2, ONE and TWO steps of BATCH photos; OTHERS, the curve over FEW photos
 # (the steps the same) and stage 2 ALONE with the first seed only. LAST: steps of stage 2 at 448 pixels, of 8 photos of VOC,
 # which are large enough. SHORT: steps of 16 photos of stage 1 of ROWS, which end there. TUNED: steps of BATCH photos of PROBE or VOC
-# for a tuned backbone. PARTS: rows, others, tuned. JOBS: how many run at a time; FLAGS: more flags for all. Stopped, the same
-# command goes on: what is there is not made again. Then
+# for a tuned backbone. PARTS: rows, others, tuned. JOBS: how many run at a time; FLAGS: more flags for all. Stopped (Ctrl-C; a
+# kill of this script alone leaves its lanes running), the same command goes on: what is there is not made again. Then
 #   python results/collect.py runs/study results/study
 set -eu
 ONE=${ONE:-640} TWO=${TWO:-600} BATCH=${BATCH:-16} LAST=${LAST:-120} SHORT=${SHORT:-80} TUNED=${TUNED:-400} JOBS=${JOBS:-1} FLAGS=${FLAGS-}
@@ -21,13 +21,10 @@ unless() {                                    # unless FILE command: not again w
   local file=$1; shift
   [ -f "$file" ] && [ ! -f "$(dirname "$file")/state.pt" ] || "$@"
 }
-start() {                                     # in the background; a failure is noted and does not stop the others
+lane() {                                      # in the background, JOBS at a time; a failure is noted and does not stop the others
   local what="$*"
-  (trap '[ $? = 0 ] || echo "seed $seed: $what" >> $failed' EXIT; "$@") &
-}
-lane() {                                      # start, JOBS at a time
   while [ "$(jobs -rp | wc -l)" -ge "$JOBS" ]; do wait -n || true; done
-  start "$@"
+  (trap '[ $? = 0 ] || echo "seed $seed: $what" >> $failed' EXIT; "$@") &
 }
 one() {                                       # one ROW OUT flags: stage 1
   local row=$1 to=$2 flags; shift 2
@@ -52,19 +49,18 @@ both() {                                      # both ROW END folders of photos: 
 whole() {                                     # whole ROW: both, a last part at 448 pixels, and all scores
   both $1 "" $PHOTOS
   two $out/$1-12-448 --data $VOC --batch-size 8 --steps $LAST --size 448 --lr 2e-5 --student $out/$1-12/student.safetensors
-  local side=$([ $JOBS = 1 ] || echo start)
-  $side score "$ALL" $1-12
-  $side score "$ALL" $1-12-448
-  $side score "$BRIEF" $1-1
-  wait
+  score "$ALL" $1-12
+  score "$ALL" $1-12-448
+  score "$BRIEF" $1-1
 }
 brief() {                                     # brief ROW ...: their scores
   for row in "$@"; do score "$BRIEF" $row; done
 }
-other() { both $1 "" $PHOTOS && brief $1-1 $1-12; }
-few() { both linear_conv -of-$1 runs/study/photos-$1 && brief linear_conv-12-of-$1; }
+other() { both $1 "" $PHOTOS; brief $1-1 $1-12; }
+few() { both linear_conv -of-$1 runs/study/photos-$1; brief linear_conv-12-of-$1; }
 alone() {
-  two $out/$1-2 --data $PHOTOS --attention $1 --batch-size $BATCH --steps $TWO --size 224 && brief $1-2
+  two $out/$1-2 --data $PHOTOS --attention $1 --batch-size $BATCH --steps $TWO --size 224
+  brief $1-2
 }
 links() {                                     # links COUNT: a folder of so many of the training photos, and all held-out ones
   python - runs/study/photos-$1 $1 $PHOTOS <<'END'
@@ -99,6 +95,7 @@ tuned() {                                     # tuned TASK ROW WEIGHT: with WEIG
 failed=$(mktemp)
 for count in $FEW; do links $count; done
 for part in ${PARTS-rows others tuned}; do
+  [ $part != tuned ] || wait                  # for the students
   for seed in "$@"; do
     out=runs/study/seed$seed
     same="--dtype bfloat16 --seed $seed $FLAGS"
@@ -120,7 +117,6 @@ for part in ${PARTS-rows others tuned}; do
         done ;;
     esac
   done
-  [ $part = rows ] || wait                    # tuned needs the students
 done
 wait
 [ ! -s $failed ] || { echo "study.sh: these failed, see above"; cat $failed; exit 1; }
