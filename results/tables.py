@@ -149,12 +149,12 @@ def study_cpu(device):
 def study_short(device):
     """README's."""
     return study(device, measures=("top-1 224", "mIoU 224, linear head", "mIoU 224, mask head", "mIoU 448, linear head", "mIoU 672, linear head of 448"),
-                 shown=("teacher", "no alignment", "linear-2", "linear-1", "linear-12", "linear_conv-12", "linear_conv-12-of-500"), spread=False)
+                 shown=("teacher", "no alignment", "linear-2", "linear-12", "linear_conv-12"), spread=False)
 
 
 def gpu(device):
     """Images/s on a GPU, and how many times that of fused softmax they are."""
-    rows = [row for path in sorted(HERE.glob("bench-nvidia-*-model-*.csv")) for row in read(path.name) if row["images_per_s"]]
+    rows = [row for path in sorted(HERE.glob("bench-nvidia-h200-model-bfloat16-eager-*.csv")) for row in read(path.name) if row["ratio"]]
     value = {(row["model"], row["batch"], row["name"], row["pixels"]): f"{float(row['images_per_s']):,.0f} ({1 / float(row['ratio']):.2f}x)" for row in rows}
     names = {"softmax_reference, float32": "written-out softmax, float32", "softmax_reference": "written-out softmax"}
     pixels = sorted({row["pixels"] for row in rows}, key=int)
@@ -181,14 +181,6 @@ def first_steps(device):
                  [[row.removesuffix("-short"), *(f"{found[key][0]:.3f}" for key in SHORT)] for row, found in value.items()])
 
 
-def tuned(device):
-    """Tuned backbones: top-1 with and without stage 1's loss beside the cross-entropy; frozen for comparison."""
-    columns = {"top-1 224": "frozen", "top-1 224, tuned, --align 0": "tuned", "top-1 224, tuned, --align 50": "tuned, --align 50"}
-    return table(["top-1, 224 px", *columns.values()], [
-        [NAMES.get(row, row), *(f"{found[key][0]:.1f}" if key in found else "-" for key in columns)]
-        for row, found in study_values().items() if any("tuned" in key for key in found)])
-
-
 def demo(device):
     """README's: top-1 of the demo's rows, over its seeds."""
     rows = [row for row in read("demo.csv") if "top-1" in row["column"]]
@@ -198,7 +190,7 @@ def demo(device):
         for row in rows])
 
 
-TABLES = (demo, study_short, study, study_cpu, gpu, speed, first_steps, tuned, short, gains, memory, operator, choices, training, loading, against_timm)
+TABLES = (demo, study_short, study, study_cpu, gpu, speed, first_steps, short, gains, memory, operator, choices, training, loading, against_timm)
 
 if __name__ == "__main__":
     for make in TABLES:
