@@ -995,7 +995,8 @@ def open_out(args, inputs, read=""):
 
     Called after all checks, before training. Nothing is ever overwritten: refused is a folder that
     is, holds or lies in one of `inputs`, or that no run of ours wrote; what an earlier run wrote
-    moves to OUT-1, OUT-2, ..., unless that run was stopped and had the same arguments.
+    moves to OUT-1, OUT-2, ..., unless that run was stopped and had the same arguments (but for
+    workers and saves).
     read: fingerprint of what is read; a state is refused if that has changed since.
     """
     out = Path(os.path.realpath(args.out))
@@ -1008,7 +1009,9 @@ def open_out(args, inputs, read=""):
                     raise InputError(f"--out {args.out} is, holds or lies in {given}, which is "
                                      "read: name another folder")
     state, mark = out / "state.pt", out / "run.json"
-    settings = json.dumps({"script": Path(sys.argv[0]).name, **vars(args)}, indent=1).encode()
+    numbers = {key: value for key, value in vars(args).items()
+               if key not in ("workers", "save_every")}     # these may change while it is stopped
+    settings = json.dumps({"script": Path(sys.argv[0]).name, **numbers}, indent=1).encode()
     try:
         if RANK == 0 and out.is_dir() and {p.name for p in out.iterdir()} - {".run.json.part"}:
             found = mark.read_bytes() if mark.is_file() else b""

@@ -196,11 +196,12 @@ def test_the_first_state_is_due_after_30_seconds_the_next_after_120(files, tmp_p
 @pytest.mark.parametrize("number", (signal.SIGINT, signal.SIGTERM))
 def test_a_signal_ends_in_one_line_and_the_same_command_goes_on(files, tmp_path, whole, stage,
                                                                 number):
-    """Also where the parent process had it ignored; and at the last step, before the scoring."""
+    """Also where the parent process had it ignored; and at the last step, before the scoring; with
+    other workers, another rate of saving."""
     out, name = tmp_path / "out", Path(stage.__file__).name
-    for step in (2, STEPS):
+    for step, *flags in ((2,), (STEPS, "--workers", 1, "--save-every", 60)):
         before = lambda: (signal.signal(number, signal.SIG_IGN), at(step, send(number))())
-        code, said, last = Run(stage, files, out, before=before).wait()
+        code, said, last = Run(stage, files, out, *flags, before=before).wait()
         assert code == 128 + number and hashes(out).keys() - {BEST} == MAY_LEAVE
         assert len(log_of(out)) == step
         assert last == (f"{name}: stopped by {number.name}: step {step}, {out / 'state.pt'}: the "
