@@ -30,8 +30,8 @@ def once(function, key):
 
 
 def features_of(vit, batches, task, *_):
-    """What tells sets of features apart: of which backbone and photos, read how. A mask head starts from a list: not kept."""
-    if isinstance(batches, list):
+    """What tells sets of features apart: of which backbone and photos, read how. Not kept: those of a list, which a mask head starts from, and of no photo."""
+    if isinstance(batches, list) or not len(batches.dataset):
         return None
     photos, digest = batches.dataset, hashlib.sha256(vit.attention.encode())
     for tensor in vit.state_dict().values():

@@ -6,10 +6,12 @@
 # seeds, of photos and heads. ROWS go through stages 1 and 2, ONE and TWO steps of BATCH photos; OTHERS, the curve over FEW photos
 # (the steps the same) and stage 2 ALONE with the first seed only. LAST: steps of stage 2 at 448 pixels, of 8 photos of VOC,
 # which are large enough. SHORT: steps of 16 photos of stage 1 of ROWS, which end there. TUNED: steps of BATCH photos of PROBE or VOC
-# for a tuned backbone. PARTS: rows, others, tuned. JOBS: how many run at a time; FLAGS: more flags for all. Stopped (Ctrl-C; a
-# kill of this script alone leaves its lanes running), the same command goes on: what is there is not made again. Then
+# for a tuned backbone. PARTS: rows, others, tuned. JOBS: how many run at a time; FLAGS: more flags for all. Stopped, the same
+# command goes on: what is there is not made again. Then
 #   python results/collect.py runs/study results/study
-set -eu
+set -eum                                      # m: a lane is a process group, which one kill ends
+trap 'trap - INT TERM; for lane in $(jobs -p); do kill -- -$lane; done; wait; exit 130' INT TERM
+[ $# -gt 0 ] || { echo "study.sh: expected seeds, as in its first lines"; exit 1; }
 ONE=${ONE:-640} TWO=${TWO:-600} BATCH=${BATCH:-16} LAST=${LAST:-120} SHORT=${SHORT:-80} TUNED=${TUNED:-400} JOBS=${JOBS:-1} FLAGS=${FLAGS-}
 ROWS=${ROWS-linear linear_conv} ALONE=${ALONE-linear linear_conv} FEW=${FEW-500 1500}
 OTHERS=${OTHERS-linear-qkv relu relu2 hedgehog-maps hedgehog-qkv linear_conv-keep2}
@@ -24,7 +26,7 @@ unless() {                                    # unless FILE command: not again w
 lane() {                                      # in the background, JOBS at a time; a failure is noted and does not stop the others
   local what="$*"
   while [ "$(jobs -rp | wc -l)" -ge "$JOBS" ]; do wait -n || true; done
-  (trap '[ $? = 0 ] || echo "seed $seed: $what" >> $failed' EXIT; "$@") &
+  (trap : TERM; trap '[ $? = 0 ] || echo "seed $seed: $what" >> $failed' EXIT; "$@") &
 }
 one() {                                       # one ROW OUT flags: stage 1
   local row=$1 to=$2 flags; shift 2
@@ -71,11 +73,11 @@ from pathlib import Path
 to, count, *folders = sys.argv[1:]
 for part, most in ("train", int(count)), ("val", None):
     Path(to, part).mkdir(parents=True, exist_ok=True)
+    for link in filter(Path.is_symlink, [*Path(to, part).iterdir()]):         # of other PHOTOS
+        link.unlink()
     photos = sorted(path.resolve() for folder in folders for path in Path(folder, part).rglob("*.[jJ]*"))
     for i, path in enumerate(random.Random(0).sample(photos, len(photos))[:most]):
-        link = Path(to, part, f"{i}-{path.name}")
-        if not link.is_symlink():
-            link.symlink_to(path)
+        Path(to, part, f"{i}-{path.name}").symlink_to(path)
 END
 }
 score() {                                     # score RUNS ROW: of a frozen backbone, see score.py
@@ -111,7 +113,7 @@ for part in ${PARTS-rows others tuned}; do
         [ ! $first ] || lane score "$ALL" no-alignment
         for row in $ROWS; do lane one $row $out/$row-short --data $PHOTOS --batch-size 16 --steps $SHORT; done ;;
       tuned)
-        for row in teacher linear-12 linear_conv-12; do
+        for row in teacher $(printf '%s-12 ' $ROWS); do
           for weight in 0 50; do [ $row-$weight = teacher-50 ] || lane tuned classify $row $weight; done
           lane tuned segment $row 0
         done ;;

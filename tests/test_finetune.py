@@ -5,9 +5,12 @@ What it shares with stages 1 and 2 (seeds, workers, half precision, ...) is test
 import copy
 import json
 import math
+import runpy
+import shlex
 import shutil
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -586,3 +589,25 @@ def test_a_labelled_photo_that_is_gone_ends_the_run():
     assert (wide.shape, tall.shape) == ((2, 3, 2, 4), (1, 3, 4, 2))
     assert (first.tolist(), second.tolist()) == ([0, 2], [1])
     assert "a.jpg" in refusal(finetune.by_shape, [*draws, ((image, 3), "a.jpg is gone")])
+
+
+def test_score_py_gives_what_the_commands_it_prints_give(files, tmp_path, monkeypatch):
+    """results/score.py: data read once, features of a backbone computed once for all its heads."""
+    runs = [run.replace("2S", "64").replace("S", "32") for run in (
+        "classify-S", "segment-S-linear", "segment-2S-linear", "segment-2S-of-S-linear",
+        "segment-S-mask", "segment-2S-of-S-mask")]
+    script = runpy.run_path(str(Path(finetune.__file__).parent / "results/score.py"))
+    script["STEPS"].update(dict.fromkeys(("classify", "segment"), ["--steps", "3"]))
+    flags = "--batch-size", "4", "--dtype", "float32"
+    with monkeypatch.context() as patch:
+        for name in ("load_data", "cached"):
+            patch.setattr(finetune, name, getattr(finetune, name))          # to be restored
+        words = [tmp_path, files / "teacher.safetensors", files / "classify", files / "segment"]
+        printed = call(SimpleNamespace(main=lambda words: script["main"](*words)),
+                       *words, *runs, "--", *flags)
+    commands = [shlex.split(line)[2:] for line in printed.splitlines() if line[:6] == "python"]
+    assert len(commands) == len(runs)
+    for run, command in zip(runs, commands):
+        call(finetune, *command[:-1], tmp_path / "again" / run)
+        have, want = (rows_of(tmp_path / part / run)[0] for part in ("", "again"))
+        assert have["score"] == want["score"] and have["per_class"] == want["per_class"]
