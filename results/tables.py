@@ -149,7 +149,7 @@ def study_cpu(device):
 def study_short(device):
     """README's."""
     return study(device, measures=("top-1 224", "mIoU 224, linear head", "mIoU 224, mask head", "mIoU 448, linear head", "mIoU 672, linear head of 448"),
-                 shown=("teacher", "no alignment", "linear-2", "linear-12", "linear_conv-12"), spread=False)
+                 shown=("teacher", "no alignment", "linear-12", "linear_conv-12"), spread=False)
 
 
 def gpu(device):
