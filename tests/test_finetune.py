@@ -10,7 +10,6 @@ import shlex
 import shutil
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -591,21 +590,20 @@ def test_a_labelled_photo_that_is_gone_ends_the_run():
     assert "a.jpg" in refusal(finetune.by_shape, [*draws, ((image, 3), "a.jpg is gone")])
 
 
-def test_score_py_gives_what_the_commands_it_prints_give(files, tmp_path, monkeypatch):
+def test_score_py_gives_what_the_commands_it_prints_give(files, tmp_path, monkeypatch,
+                                                             capsys):
     """results/score.py: data read once, features of a backbone computed once for all its heads."""
-    runs = [run.replace("2S", "64").replace("S", "32") for run in (
-        "classify-S", "segment-S-linear", "segment-2S-linear", "segment-2S-of-S-linear",
-        "segment-S-mask", "segment-2S-of-S-mask")]
+    runs = ["classify-32", "segment-32-linear", "segment-64-linear", "segment-64-of-32-linear",
+            "segment-32-mask", "segment-64-of-32-mask"]
     script = runpy.run_path(str(Path(finetune.__file__).parent / "results/score.py"))
     script["STEPS"].update(dict.fromkeys(("classify", "segment"), ["--steps", "3"]))
-    flags = "--batch-size", "4", "--dtype", "float32"
     with monkeypatch.context() as patch:
         for name in ("load_data", "cached"):
             patch.setattr(finetune, name, getattr(finetune, name))          # to be restored
         words = [tmp_path, files / "teacher.safetensors", files / "classify", files / "segment"]
-        printed = call(SimpleNamespace(main=lambda words: script["main"](*words)),
-                       *words, *runs, "--", *flags)
-    commands = [shlex.split(line)[2:] for line in printed.splitlines() if line[:6] == "python"]
+        script["main"](*map(str, words), *runs, "--", "--batch-size", "4", "--dtype", "float32")
+    commands = [shlex.split(line)[2:] for line in capsys.readouterr().out.splitlines()
+                if line.startswith("python")]
     assert len(commands) == len(runs)
     for run, command in zip(runs, commands):
         call(finetune, *command[:-1], tmp_path / "again" / run)
