@@ -1,6 +1,6 @@
 """Stage 2 of ViT-AdaLA, feature alignment: the whole student learns its teacher's final features.
 
-After stage 1 each block imitates softmax attention on the teacher's input; errors still add up over
+After stage 1 each block imitates softmax attention on the teacher's input, but errors add up over
 the depth. Here the student runs on its own, every weight is tuned, and only the final tokens (CLS,
 registers, patches) are supervised.
 
@@ -8,86 +8,112 @@ registers, patches) are supervised.
     python align_features.py --teacher vit_small_patch14_dinov2 --data photos/ --size 224 \\
         --student runs/attention/student.safetensors            # after stage 1 on your photos
     python align_features.py --teacher ... --data ... --attention linear    # without stage 1
+    python align_features.py ... --student FILE --steps 0       # measures FILE, writes nothing
 
-Reads teacher, student and images; writes to --out: student.safetensors, log.jsonl, report.json and
-features.png (photo, teacher's and student's patch features as colours).
+It reads teacher, student and photos. It writes to --out: student.safetensors, log.jsonl,
+report.json and features.png (photo, teacher's and student's patch features as colours).
 """
 import math
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from functools import partial
 
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.data import DataLoader
-from torchvision.utils import save_image
 
 from demo.shapes import Shapes
-from model import Progress, autocast, average, bar, complete, device_and_dtype, fingerprint
-from model import load_pair, loaders, note_unread, one_cycle, open_out, pair_flags, run, run_flags
-from model import save_vit, unlabelled, update, widen, write_whole
+from model import ATTENTION, load_pair, save_vit, weights_file
+from support.photos import loaders, names, save_picture, unlabelled
+from support.runs import InputError, Progress, autocast, average_gradients, bar, device_and_dtype
+from support.runs import open_out, parse_args, run, show, warmup_cosine, widen, write_whole
+
 
 DEFAULTS = dict(steps=5000, batch_size=32, lr=5e-5)
-DEMO = dict(teacher="demo/teacher.safetensors", size=64, steps=150, batch_size=64, lr=5e-4)
-CURVE = "whitened_error"                        # what --every logs of held-out images
-STAGE_1 = dict(student="runs/attention/student.safetensors")    # demo, unless --attention is given
+DEMO = dict(teacher="demo/teacher.safetensors", student="runs/attention/student.safetensors",
+            size=[64], steps=150, batch_size=64, lr=5e-4)       # without --data
+RIDGES = 0.03, 0.1, 0.3, 1.0, 3.0, 9.0          # of whitening, in mean eigenvalues
 
 
 def parse(argv):
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     flag = parser.add_argument
-    pair_flags(flag, DEMO | STAGE_1)
+    flag("--teacher", help="softmax ViT to imitate: a known name, a file of ours or NAME=FILE "
+         f"(demo: {DEMO['teacher']})")
+    flag("--student", help="a student of this teacher to train further (default: the teacher, "
+         f"with its attention swapped; demo: {DEMO['student']})")
+    flag("--attention", choices=ATTENTION, help="operator without --student (default: linear)")
+    flag("--data", nargs="+", help="folders of photos, or torchvision sets (default: the demo's)")
     flag("--loss", choices=LOSS, default="whitened",
          help="of final tokens (default: whitened; the paper's: mse)")
     flag("--lr", type=float, help="peak learning rate; the better stage 1 was, the lower (default: "
          f"{DEFAULTS['lr']}, demo: {DEMO['lr']})")
-    run_flags(flag, "runs/features", DEFAULTS, DEMO)
-    args = parser.parse_args(argv)
-    return complete(args, DEFAULTS, DEMO if args.attention else DEMO | STAGE_1)
+    args = parse_args(parser, argv, "runs/features", DEFAULTS, DEMO, sizes=True)
+    if args.teacher is None:
+        raise InputError("--teacher is missing: with --data, name the softmax ViT to imitate")
+    return args
 
 
 def mse(student, teacher, whiten):
-    """Squared error of all final tokens alike. Paper: not said whether CLS counts; here: yes."""
+    """Squared error of all final tokens alike. Paper: not said whether CLS counts. Here: yes."""
     return F.mse_loss(student, teacher)
 
 
-def cosine(student, teacher, whiten):
-    """1 - cosine of each token + 0.1 smooth-L1 for its length, so long tokens do not outweigh."""
-    alike = F.cosine_similarity(student, teacher, dim=-1).mean()
-    return 1 - alike + 0.1 * F.smooth_l1_loss(student, teacher)
-
-
 def whitened(student, teacher, whiten):
-    """Squared error in which all directions of the teacher's tokens weigh alike.
-
-    One direction holds half of the variance of DINOv2's tokens, so it dominates mse and cosine;
-    heads read the small directions, too.
-    """
+    """Squared error after whitening with the covariance of the teacher's tokens, so that the few
+    large directions do not dominate: one holds half of the variance of DINOv2's tokens, and heads
+    read the small ones, too. student, teacher: (B, N, C)."""
     return ((student - teacher) @ whiten).square().mean()
 
 
-LOSS = {"mse": mse, "cosine": cosine, "whitened": whitened}
+LOSS = {"mse": mse, "whitened": whitened}
+
+
+def moments(sums):
+    """Sum of (x, 1) (x, 1)^T over vectors x (C) -> their mean (C) and covariance (C, C)."""
+    sums = sums / sums[-1, -1].clamp(min=1)
+    return sums[-1, :-1], sums[:-1, :-1] - sums[-1, :-1].outer(sums[-1, :-1])
 
 
 @torch.no_grad()
-def whitening(teacher, draws, batch_size, device, dtype, images=128):
-    """Covariance of the teacher's final tokens, CLS too, -> whiten (C, C), its -1/2th power.
+def whitening(teacher, draws, size, most, batch_size, device, dtype):
+    """Look at the teacher's final tokens on the first `most` draws. -> dict(whiten (C, C), the
+    -1/2th power of their covariance plus a ridge; ridge, in mean eigenvalues; mean (prefix + 1, C),
+    the mean of each prefix token, then of the patches).
 
-    Of the run's first draws. 0.03 of the mean eigenvalue is added: no direction becomes all noise.
+    A covariance of few photos overrates the directions in which they happen not to vary. So every
+    fourth photo is kept apart. The ridge is the smallest of RIDGES for which the mean square of the
+    kept photos' whitened tokens is within 5 % of the others'. whiten is scaled so that this mean
+    square is 1 over all photos: a loss of 1 is no better than a constant.
     """
-    n = total = square = 0                              # all tokens at once would take gigabytes
-    batches = DataLoader(draws, batch_size, sampler=range(min(images, len(draws))))
-    for photos, _ in bar(batches, "whitening"):
+    sums, means = torch.zeros(2, *[teacher.arch.width + 1] * 2, device=device).double(), []
+    order = [(i, size) for i in range(min(most, len(draws)))]
+    for photos in bar(DataLoader(draws, batch_size, sampler=order), "whitening"):
         with autocast(device, dtype):
-            tokens = widen(teacher(teacher.normalize(photos.to(device)))).flatten(0, 1)
-        x = tokens.double()
-        n, total, square = n + len(x), total + x.sum(0), square + x.T @ x
-    values, vectors = torch.linalg.eigh((square - total.outer(total) / n) / (n - 1))
-    whiten = (vectors * (values + 0.03 * values.mean()).rsqrt()) @ vectors.T
-    return whiten.to(tokens.dtype)
+            tokens = widen(teacher(teacher.normalize(photos.to(device)))).double()      # (B,N,C)
+        prefix, patches = tokens.tensor_split([teacher.arch.prefix], dim=1)
+        means += torch.cat([prefix, patches.mean(1, keepdim=True)], dim=1)
+        kept = torch.arange(len(means) - len(tokens), len(means)) % 4 == 3
+        for part, total in zip((tokens[~kept], tokens[kept]), sums):
+            x = F.pad(part.flatten(0, 1), (0, 1), value=1)
+            total += x.T @ x
+    (mean, covariance), (other_mean, other) = map(moments, sums)
+    values, axes = torch.linalg.eigh(covariance)
+    other = other + (other_mean - mean).outer(other_mean - mean)        # around the same mean
+    other = (other @ axes * axes).sum(0)                                # along each axis
+    for ridge in RIDGES:
+        floor = values + ridge * values.mean()
+        if abs((other / floor).mean() / (values / floor).mean() - 1) < 0.05:
+            break
+    values, axes = torch.linalg.eigh(moments(sums.sum(0))[1])           # of all of them
+    floor = values + ridge * values.mean()
+    whiten = axes * (floor * (values / floor).mean()).rsqrt() @ axes.T
+    wide = torch.promote_types(dtype, torch.float32)
+    return dict(whiten=whiten.to(wide), ridge=ridge, mean=torch.stack(means).mean(0).to(wide))
 
 
 def feature_alignment(teacher, student, images, loss, dtype=torch.float32):
-    """Stage 2 (Fig. 4, middle): uint8 images (B, 3, H, W) -> loss of final tokens (B, 1+R+N, C)."""
+    """Stage 2 (Fig. 4, middle): uint8 images (B, 3, S, S) -> loss of the final tokens (B, N, C)."""
     images = teacher.normalize(images)
     with autocast(images.device.type, dtype):
         with torch.no_grad():
@@ -97,42 +123,58 @@ def feature_alignment(teacher, student, images, loss, dtype=torch.float32):
 
 
 @torch.no_grad()
-def compare(teacher, student, batches, whiten, device, dtype, note=lambda _: None):
+def compare(teacher, student, batches, whiten, device, dtype):
     """Held-out agreement of the final tokens: cosine of CLS (None without) and patches, errors.
 
-    The errors are roots of squared error over that of the mean token, plain and whitened: 1 is no
-    better than a constant.
+    student: a ViT, or any function from normalised images to tokens (B, N, C). The errors are roots
+    of the squared error over that of the mean token, plain and whitened.
     """
     prefix, cls, patches = teacher.arch.prefix, [], []
-    sums = torch.zeros(2, 2, dtype=torch.float64, device=device)    # plain, whitened; error, energy
-    for images, messages in bar(batches, "tokens"):
-        note(messages)                      # of photos that could not be read
+    sums = torch.zeros(2, 2, dtype=torch.float64, device=device)    # error, energy; plain, whitened
+    for images in bar(batches, "tokens"):
         images = teacher.normalize(images.to(device))
         with autocast(device, dtype):
             want, have = widen(teacher(images)), widen(student(images))
-        alike = F.cosine_similarity(have, want, dim=-1)                     # (B, 1+R+N)
+        alike = F.cosine_similarity(have, want, dim=-1)                     # (B, N)
         cls.append(alike[:, 0])
         patches.append(alike[:, prefix:].mean(1))
-        for apart, total in zip((have - want, want - want.mean((0, 1))), sums.T):   # error, energy
-            total += torch.stack([x.square().sum() for x in (apart, apart @ whiten)])
-    plain, white = (sums[:, 0] / sums[:, 1].clamp(min=1e-12)).sqrt().tolist()
+        for x, total in zip((have - want, want - want.mean((0, 1))), sums):
+            total += torch.stack([x.square().sum(), (x @ whiten).square().sum()])
+    plain, white = (sums[0] / sums[1].clamp(min=1e-12)).sqrt().tolist()
     return dict(cls_cosine=torch.cat(cls).mean().item() if teacher.arch.cls else None,
                 patch_cosine=torch.cat(patches).mean().item(),
                 relative_error=plain, whitened_error=white)
 
 
+def report(before, after, constant):
+    """Print the measures side by side, and one sentence where the student ends worse than it began
+    (cosines) or no better than a constant (errors)."""
+    print(f"\nheld-out final tokens, student against teacher\n{'':16s}before  after  constant")
+    worse = []
+    for key in (key for key in after if after[key] is not None):
+        print(f"{key:16s}{before[key]:6.3f}  {after[key]:5.3f}  {constant[key]:8.3f}")
+        if after[key] < before[key] if "cosine" in key else after[key] >= constant[key]:
+            worse.append(key)
+    print("constant: the teacher's mean CLS token and mean patch token, whatever the photo")
+    if worse:
+        print("The student ends worse than it began, or no better than a constant: "
+              f"{', '.join(worse)}. Run stage 1 for more --steps, or lower --lr.")
+
+
 @torch.no_grad()
-def picture(teacher, student, images, path):
+def draw_features(teacher, student, images, path):
     """Rows: photo, teacher, student. Three main axes of the teacher's patches are the colours."""
-    normal, grid = teacher.normalize(images), teacher.grid(*images.shape[2:])
+    normal, grid = teacher.normalize(images), teacher.grid_of(*images.shape[2:])
     want, have = (vit(normal)[:, vit.arch.prefix:].float() for vit in (teacher, student))
     centre = want.mean((0, 1))
     axes = torch.pca_lowrank(want.flatten(0, 1) - centre, q=3, center=False)[2]             # (C, 3)
-    colours = (torch.cat([want, have]) - centre) @ axes                     # (2B, N, 3)
+    colours = (torch.cat([want, have]) - centre) @ axes                     # (2B, P, 3)
     low, high = (colours[:len(want)].flatten(0, 1).quantile(q, dim=0) for q in (0.01, 0.99))
     colours = ((colours - low) / (high - low)).clamp(0, 1).mT.unflatten(2, grid)
-    rows = torch.cat([images / 255, F.interpolate(colours, size=images.shape[2:], mode="nearest")])
-    write_whole(path, partial(save_image, rows, nrow=len(images), format="png"))
+    colours = F.interpolate(colours, size=images.shape[2:], mode="nearest")
+    save_picture([images / 255, *colours.chunk(2)],
+                 ["photo", "the teacher's patch features, three main axes as colours",
+                  "the student's, in the same colours"], path)
 
 
 def main(argv=None):
@@ -141,64 +183,75 @@ def main(argv=None):
     device, dtype = device_and_dtype(args)
     scaler = torch.amp.GradScaler(device, enabled=dtype == torch.float16)
 
-    teacher, student, digest = load_pair(args.teacher, args.student, args.attention,
-                                         args.keep_softmax)
-    stage = "features" if student.facts.get("stage") in (None, "features") else "attention+features"
-    args.size = teacher.arch.pixels[0] if args.size is None else args.size
-    teacher.grid(args.size, args.size)
+    teacher, student, digest = load_pair(args.teacher, args.student, args.attention)
+    alone = student.header.get("stage") in (None, "features")
+    args.size = args.size or [teacher.arch.pixels[0]]
+    for size in args.size:
+        teacher.grid_of(size, size)                     # a multiple of the patch, or an InputError
     source, held_out = unlabelled(args.data) if args.data else (Shapes("train"), Shapes("val"))
-    read = fingerprint([args.teacher, args.student], source, held_out)
-    out, saved = open_out(args, [args.teacher, args.student, *(args.data or [])], read)
+    read = [weights_file(spec)[0] for spec in (args.teacher, args.student) if spec]
+    out = saved = None
+    if args.steps:                                      # else it only measures
+        out, saved = open_out(args, [*read, *(args.data or [])], names(source), names(held_out))
     wide = torch.promote_types(dtype, torch.float32)    # of weights; autocast's is dtype
     teacher, student = teacher.to(device, wide).requires_grad_(False), student.to(device, wide)
-    print(f"{student.attention} attention, training all "
-          f"{sum(p.numel() for p in student.parameters()) / 1e6:.2f} M parameters on "
-          f"{len(source)} images of {args.size} pixels, {device}, {dtype}")
+    parameters, student.recompute = [*student.parameters()], args.recompute
+    print(f"{student.attention} attention, training all {sum(p.numel() for p in parameters):,} "
+          f"parameters on {len(source)} images of {args.size} pixels, {device}, {dtype}")
 
-    optimizer = torch.optim.AdamW(student.parameters(), args.lr, weight_decay=0)
-    schedule = one_cycle(optimizer, args.steps)
-    align = torch.compile(feature_alignment, fullgraph=True) if args.compile else feature_alignment
+    optimizer = torch.optim.AdamW(parameters, args.lr, weight_decay=0)
+    schedule = warmup_cosine(optimizer, args.steps)
+    align = feature_alignment
+    if args.compile:
+        align = torch.compile(feature_alignment, fullgraph=True, dynamic=False)
     train, held_out = loaders(args, source, held_out, saved["step"] if saved else 0)
-    few = [(next(iter(held_out))[0], [])]   # one held-out batch, for the curve
+    few = [next(iter(held_out))]            # one held-out batch, for the log
+    most = min(1024, args.steps * args.batch_size or 1024)
+    kept = saved["kept"] if saved else whitening(
+        teacher, train.dataset, args.size[0], most, held_out.batch_size, device, dtype)
+    whiten, mean = kept["whiten"].to(device), kept["mean"].to(device)
+    measure = partial(compare, teacher, whiten=whiten, device=device, dtype=dtype)
 
-    kept = saved["kept"] if saved else dict(unread=[])
-    note = partial(note_unread, unread=kept["unread"], listed=len(source) + len(held_out.dataset))
+    def constant(images):
+        patches = math.prod(teacher.grid_of(*images.shape[2:]))
+        return torch.cat([mean[:-1], mean[-1:].expand(patches, -1)]).expand(len(images), -1, -1)
+
     if not saved:
-        kept["whiten"] = whitening(teacher, train.dataset, train.batch_size, device, dtype)
-        kept["before"] = compare(teacher, student, held_out, kept["whiten"], device, dtype, note)
-    whiten = kept["whiten"].to(device)
+        kept |= dict(before=measure(student, held_out), constant=measure(constant, held_out))
+    if not args.steps:
+        return report(kept["before"], kept["before"], kept["constant"])
     loss_of = partial(LOSS[args.loss], whiten=whiten)
     student.train()
-    progress = Progress(args, out, saved, read, kept, student=student, optimizer=optimizer,
+    progress = Progress(args, out, saved, kept, student=student, optimizer=optimizer,
                         schedule=schedule, scaler=scaler)
-    with progress:
-        for step, (images, messages) in enumerate(train, progress.step + 1):
-            note(messages)
-            images = images.to(device, non_blocking=True)
-            loss = align(teacher, student, images, loss_of, dtype)          # feature alignment
-            scaler.scale(loss).backward()
-            row = dict(lr=update(scaler, optimizer, schedule, [[*student.parameters()]]))
-            if step % args.every == 0:
-                row["held_out"] = compare(teacher, student, few, whiten, device, dtype)[CURVE]
-            progress.done(average([loss.detach()])[0].item(), **row)
+    for step, images in progress.steps(train):
+        images = images.to(device, non_blocking=True)
+        loss = align(teacher, student, images, loss_of, dtype)          # feature alignment
+        scaler.scale(loss).backward()
+        average_gradients(parameters)                   # over torchrun's processes
+        scaler.unscale_(optimizer)
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        scaler.step(optimizer)
+        scaler.update()
+        rate = schedule.get_last_lr()[-1]
+        schedule.step()
+        optimizer.zero_grad()
+        progress.done(loss.item(), lr=rate)
+        if step % args.every == 0:
+            progress.log(held_out=measure(student, few)["whitened_error"])
 
-    facts = dict(stage=stage, teacher=digest, training={
+    facts = dict(stage="features" if alone else "attention+features", teacher=digest, training={
         key: getattr(args, key) for key in ("loss", "size", "steps", "batch_size", "lr", "seed")})
     save_vit(student, out / "student.safetensors", **facts)
-    after = compare(teacher, student.eval(), held_out, whiten, device, dtype, note)
-    print(f"\nheld-out final tokens, student against teacher ({args.steps} steps, "
-          f"{progress.seconds:.0f} s)\n{'':16s}before  after")
-    for key, old in kept["before"].items():
-        if old is not None:
-            print(f"{key:16s}{old:6.3f}  {after[key]:5.3f}")
+    before, after = kept["before"], measure(student.eval(), held_out)
     write_whole(out / "report.json", facts | dict(
-        before=kept["before"], after=after, seconds=progress.seconds, unread=kept["unread"],
-        arguments=vars(args)))
-    shown = held_out.dataset                # eight of them, from all over the set
-    places = range(0, len(shown), math.ceil(len(shown) / 8))
-    images = torch.stack([shown[i][0] for i in places])
-    if len(images) * (args.size // teacher.arch.patch) ** 2 > 3:    # 3 axes need 4 patches
-        picture(teacher, student, images.to(device), out / "features.png")
+        before=before, after=after, constant=kept["constant"], ridge=kept["ridge"],
+        seconds=progress.seconds, arguments=vars(args)))
+    report(before, after, kept["constant"])
+    print(progress.summary())
+    photos = held_out.dataset               # eight of them, from all over the set
+    images = [photos[i] for i in range(0, len(photos), math.ceil(len(photos) / 8))]
+    show(draw_features, teacher, student, torch.stack(images).to(device), out / "features.png")
     progress.finish()
     print(f"wrote {out / 'student.safetensors'}")
 

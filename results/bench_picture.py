@@ -1,6 +1,7 @@
-"""Draws tables of bench.py's parts attention and model, dtypes side by side: python results/bench_picture.py NAME.png CSV...
+"""Draws tables of bench.py: python results/bench_picture.py NAME.png CSV...
 
-Logarithmic axes; a row of panels for time or images/s, memory and FLOPs, a column for each table and its curves' groups.
+A row of panels for time or images/s, memory and FLOPs. A column for each model, batch, dtype and
+mode. Axes are logarithmic.
 """
 import csv
 import math
@@ -9,8 +10,9 @@ from itertools import product
 
 from matplotlib.figure import Figure
 
-SHOWN = {"attention": ("tokens", ("heads", "pass", "dtype"), ("median_ms", "peak_mb", "gflops")),
-         "model": ("pixels", ("model", "batch", "dtype"), ("images_per_s", "peak_mb"))}
+SHOWN = {"attention": ("tokens", ("heads", "pass", "dtype", "mode"),
+                       ("median_ms", "peak_mb", "gflops")),
+         "model": ("pixels", ("model", "batch", "dtype", "mode"), ("images_per_s", "peak_mb"))}
 
 
 def main(target, *tables):
@@ -30,7 +32,7 @@ def main(target, *tables):
         points = sorted({int(row[x]) for row in rows})
         axis.set_xticks(points, points, fontsize=7)
     axes[0, 0].legend(fontsize=7)
-    figure.suptitle("{device}, {mode}, torch {torch}".format(**rows[0]), fontsize=9)
+    figure.suptitle("{device}, torch {torch}".format(**rows[0]), fontsize=9)
     figure.savefig(target, dpi=90)
     print(f"wrote {target}")
 

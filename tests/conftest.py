@@ -23,9 +23,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import align_attention
 import align_features
 import finetune
-import model
-from model import ATTENTION, Architecture, Draws, InputError, Operator, ViT, linear_attention
-from model import load_vit, read_image, read_weights, save_vit
+from model import ATTENTION, Architecture, Operator, ViT, linear_attention
+from model import load_vit, read_weights, save_vit
+from support import photos
+from support.photos import Draws, read_image
+from support.runs import InputError
 
 torch.set_num_threads(1)                                # small tensors: more threads only wait
 sys.modules["matplotlib.figure"] = None                 # curves take longer than the runs here
@@ -191,7 +193,7 @@ def drawn(monkeypatch):
     """drawn(stage) -> a list that will hold the Draws of that stage's main(), in order."""
     def watch(stage):
         made = []
-        where = stage if hasattr(stage, "Draws") else model
+        where = stage if hasattr(stage, "Draws") else photos
         monkeypatch.setattr(where, "Draws", lambda *args: made.append(Draws(*args)) or made[-1])
         return made
     return watch

@@ -1,12 +1,17 @@
-"""README's commands parse, its example runs, its tables are those of results/, its links exist."""
+"""README's commands parse, its examples run, its tables are those of results/, its links exist, and
+the layout of the repository is the one it describes."""
+import ast
 import importlib.util
 import re
 import shlex
+import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 import align_attention
 import align_features
@@ -24,20 +29,20 @@ PAGES = {name: (ROOT / name).read_text()
 README = PAGES["README.md"]
 
 
+def block(kind):
+    return re.search(rf"```{kind}\n(.*?)```", README, re.S)[1]
+
+
 def commands():
-    """Every call of a script on the pages, in results/*.sh and in the scripts' own docstrings. A
-    shell's variable becomes its value here, any other 1."""
-    blocks = re.findall(r"```sh[^\n]*\n(.*?)```", README, re.S)
-    shell = [path.read_text() for path in (ROOT / "results").glob("*.sh")]
-    texts = [*blocks, *shell, PAGES["demo/README.md"], *(m.__doc__ for m in SCRIPTS.values())]
+    """Every call of a script on the pages and in the scripts' own docstrings."""
+    blocks = re.findall(r"```sh[^\n]*\n(.*?)```", "\n".join(PAGES.values()), re.S)
+    texts = [*blocks, PAGES["demo/README.md"], *(script.__doc__ for script in SCRIPTS.values())]
     texts += re.findall(r"`(python \w+\.py[^`]*)`", "\n".join(PAGES.values()))
-    values = {"@": "--data D", "data": "--teacher T --data D", "dtype": "float32", "flags": "",
-              "rows": "T S", "same": "", "task": "segment --data D", "FLAGS": ""}
     for line in "\n".join(texts).replace("\\\n", " ").splitlines():
-        line = re.sub(r"\$(\(\(.*?\)\)|\w+|@)", lambda name: values.get(name[1], "1"), line)
         for part in line.split("&&"):
-            if match := re.match(r"(?: *unless \S+)? *python (\w+\.py.*)", part):
-                yield " ".join(shlex.split(match[1], comments=True))
+            if match := re.match(r" *python (\w+\.py.*)", part):
+                yield " ".join(shlex.split(match[1].replace("...", "--teacher T --data D"),
+                                           comments=True))
 
 
 @pytest.mark.parametrize("command", sorted(set(commands())))
@@ -55,49 +60,53 @@ def test_every_script_has_a_command():
 
 
 def test_the_first_block_holds_the_demo_and_the_tests():
-    demo, tests = re.search(r"```sh first\n(.*?)```", README, re.S)[1].strip().splitlines()
+    demo, tests = block("sh first").strip().splitlines()
     assert all(f"python {script}" in demo for script in STAGES) and "pytest" in tests
     assert all(line.startswith("pip install -r requirements.txt") for line in (demo, tests))
 
 
-def test_the_operator_of_the_page_goes_through_all_stages(tmp_path, monkeypatch):
-    """README's example as it stands there, but for its last line, which runs the whole demo."""
-    code = re.search(r"```python operator\n(.*?)```", README, re.S)[1].strip().splitlines()
-    assert code[-1].startswith('align_attention.main(["--attention", "conv"])')
-    monkeypatch.setattr(model, "ATTENTION", model.ATTENTION)
-    monkeypatch.setitem(model.ATTENTION, "conv", None)
-    exec("\n".join(code[:-1]), {})
+def test_shell_scripts_of_results_are_well_formed():
+    for path in (ROOT / "results").glob("*.sh"):
+        assert subprocess.run(["bash", "-n", path]).returncode == 0, path.name
+
+
+def test_the_operator_of_the_page_trains_in_stage_1(tmp_path, monkeypatch):
+    """The block as it stands there, up to the line that runs the whole demo."""
+    code, run = block("python operator").split('if __name__ == "__main__":')
+    assert 'align_attention.main(["--attention", "conv"])' in run
+    monkeypatch.setitem(model.ATTENTION, "conv", None)      # taken back after this test
+    exec(code, {"__name__": "own"})
     monkeypatch.chdir(ROOT)
     for part in ("train", "val"):           # a small demo
         monkeypatch.setitem(shapes.IMAGES, part, 1000)
-    brief = ["--steps", "3", "--batch-size", "8"]
-    teacher = model.load_vit("demo/teacher.safetensors")
-    images = torch.rand(2, 3, 64, 48)
+    teacher, images = model.load_vit("demo/teacher.safetensors"), torch.rand(2, 3, 64, 48)
     with torch.no_grad():                   # starts equal to "linear", on grids that are not square
         assert torch.equal(model.linearize(teacher, "conv")(images),
                            model.linearize(teacher, "linear")(images))
-    align_attention.main(["--attention", "conv", *brief, "--out", str(tmp_path / "one")])
-    student = str(tmp_path / "one/student.safetensors")
-    assert model.load_vit(student).blocks[0].attn.operator.conv.weight.any()    # it was trained
-    align_features.main(["--student", student, *brief, "--out", str(tmp_path / "two")])
-    student = str(tmp_path / "two/student.safetensors")
-    finetune.main(["--weights", student, "--freeze", *brief, "--out", str(tmp_path / "three")])
-    checkpoint = model.load_vit(tmp_path / "three/0-classify.safetensors")
-    assert checkpoint.attention == "conv"
-    bench.main(["attention", "--quick", "--points", "64", "--heads", "1", "--out", str(tmp_path)])
-    table = next(tmp_path.glob("bench-*.csv")).read_text()
-    assert ",conv," in table
+    align_attention.main(["--attention", "conv", "--steps", "3", "--batch-size", "8",
+                          "--out", str(tmp_path / "one")])
+    student = model.load_vit(tmp_path / "one/student.safetensors")
+    assert student.blocks[0].attn.operator.conv.weight.any()
 
 
-def test_efficiency_tables_are_those_of_the_results():
+def test_the_lines_that_use_a_student_run(tmp_path, monkeypatch):
+    (tmp_path / "runs/features").mkdir(parents=True)
+    shutil.copy(ROOT / "demo/teacher.safetensors", tmp_path / "runs/features/student.safetensors")
+    Image.new("RGB", (90, 70), "red").save(tmp_path / "photo.jpg")
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(block("python use"), names)
+    assert names["tokens"].shape == (1, 65, 96)
+
+
+def test_tables_are_those_of_the_results():
     spec = importlib.util.spec_from_file_location("tables", ROOT / "results/tables.py")
     tables = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tables)
-    for make in tables.TABLES:
-        short = make in (tables.demo, tables.short, tables.study_short)
-        page = README if short else PAGES["results/README.md"]
-        text = make("cpu")
-        assert len(text.splitlines()) > 2 and text in page, f"{make.__name__}: results/tables.py"
+    for page, makers in tables.PAGES.items():
+        for make in makers:
+            text = make()
+            assert len(text.splitlines()) > 2 and text in PAGES[page], f"{page}: {make.__name__}"
 
 
 def test_links_and_pictures_exist():
@@ -106,19 +115,54 @@ def test_links_and_pictures_exist():
             assert (ROOT / name).parent.joinpath(target).exists(), f"{name} -> {target}"
 
 
+def imported(path):
+    """Modules of this project that a file imports."""
+    own = {"model", "support", "demo", "align_attention", "align_features", "finetune", "bench"}
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        names += [node.module] if isinstance(node, ast.ImportFrom) else []
+        found |= {name.split(".")[0] for name in names} & own
+    return found
+
+
+def test_imports_go_one_way():
+    assert imported(ROOT / "model.py") == {"support"}
+    for name in SCRIPTS:
+        assert imported(ROOT / name) <= {"model", "support", "demo"}, name
+    for path in (ROOT / "support").glob("*.py"):
+        assert imported(path) <= {"support", "demo"}, path.name
+
+
+def test_importing_a_script_starts_nothing():
+    code = f"import {', '.join(name.removesuffix('.py') for name in SCRIPTS)}"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "")
+
+
+def length(*names):
+    return sum(len((ROOT / name).read_text().splitlines()) for name in names)
+
+
 def test_layout():
     """Nothing at the top level but the files of the plan, no package but the five, no wide line."""
-    top = {*STAGES, "model.py", "bench.py", "tests", "demo", "results", "README.md", "LICENSE",
+    top = {*SCRIPTS, "model.py", "support", "tests", "demo", "results", "README.md", "LICENSE",
            "requirements.txt", ".gitignore", ".ci"}
     packages = {re.split(r"[<>=]", line)[0]
                 for line in (ROOT / "requirements.txt").read_text().split()}
     assert packages == {"torch", "torchvision", "safetensors", "tqdm", "pytest"}
     assert (ROOT / "demo/teacher.safetensors").stat().st_size <= 3_000_000
-    assert len(README.split()) <= 1_400
-    for path in [*ROOT.glob("*.py"), *ROOT.glob("tests/*.py")]:
-        wide = [i for i, line in enumerate(path.read_text().splitlines(), 1) if len(line) > 100]
-        assert not wide, f"{path.name}: lines {wide} are wider than 100 columns"
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
     if listed.returncode:
         pytest.skip("not a git checkout")
     assert {path.split("/")[0] for path in listed.stdout.split("\n") if path} <= top
+
+
+def test_sizes():
+    """An evening's reading: these bounds are part of the design."""
+    assert length("model.py") <= 580 and length("model.py", *SCRIPTS) <= 1880
+    support = [path.relative_to(ROOT) for path in (ROOT / "support").glob("*.py")]
+    assert length(*support) <= 700 + 160
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("*/*.py"), *ROOT.glob("results/*.sh")]:
+        wide = [i for i, line in enumerate(path.read_text().splitlines(), 1) if len(line) > 100]
+        assert not wide, f"{path.name}: lines {wide} are wider than 100 columns"

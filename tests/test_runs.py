@@ -1,11 +1,11 @@
-"""Runs that are stopped and go on: kills, signals, full disks, changed inputs, torchrun.
+"""Runs that are stopped and go on: kills, signals, errors, full disks, changed inputs, torchrun.
 
-A run here is a real process: a fork of this one, with all imported, in which what should happen at
-a certain step is patched in. What a shell or torchrun adds is started as a command.
+Most runs here are of main() below, a stage in small. Each is a fork of this process, in which what
+should happen in a certain step is planned in PLAN. What a shell or torchrun adds is a command.
 """
-import hashlib
 import importlib.util
 import json
+import multiprocessing
 import os
 import random
 import resource
@@ -15,419 +15,576 @@ import socket
 import subprocess
 import sys
 import time
-import traceback
+from argparse import ArgumentParser
 from functools import partial
 from pathlib import Path
 
-import pytest
+sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
+import torch.nn as nn
+from torch.utils.data import DataLoader
+
+from support import runs
+from support.runs import InputError, Progress
+
+STEPS = 6
+PLAN = {}                               # (moment, step) -> what happens then; step None: at first
+
+
+def happen(moment, step):
+    for key in ((moment, step), (moment, None)):
+        if key in PLAN:
+            PLAN.pop(key)()
+
+
+class Points:
+    """Draw i is a point that depends on i alone."""
+
+    def __getitem__(self, i):
+        happen("read", i // 4 + 1)
+        return torch.randn(3, generator=torch.Generator().manual_seed(i), dtype=torch.float64)
+
+
+def main(argv=None):
+    parser = ArgumentParser()
+    parser.add_argument("--data", nargs="+")
+    parser.add_argument("--lr", type=float, default=0.1)
+    defaults = dict(steps=STEPS, batch_size=4)
+    args = runs.parse_args(parser, argv, "runs/points", defaults, defaults)
+    device, _ = runs.device_and_dtype(args)
+    torch.manual_seed(args.seed)
+    net = nn.Linear(3, 1).double()
+    optimizer = torch.optim.AdamW(net.parameters(), args.lr)
+    schedule = runs.warmup_cosine(optimizer, args.steps)
+    out, saved = runs.open_out(args, args.data or [])
+    progress = Progress(args, out, saved, saved["kept"] if saved else dict(rows=[]), net=net,
+                        optimizer=optimizer, schedule=schedule)
+    order = range(progress.step * args.batch_size + runs.RANK, args.steps * args.batch_size,
+                  runs.WORLD)
+    train = DataLoader(Points(), args.batch_size // runs.WORLD, sampler=order,
+                       num_workers=args.workers, worker_init_fn=runs.leave_signals)
+    for step, points in progress.steps(train):
+        happen("update", step)
+        loss = (net(points) - points.sum(1, keepdim=True)).square().mean()
+        loss.backward()
+        runs.average_gradients(net.parameters())
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        happen("end of update", step)
+        progress.done(loss.item(), lr=schedule.get_last_lr()[-1])
+        if step % args.every == 0:
+            happen("score", step)
+            progress.log(held_out=net.weight.sum().item())
+    happen("end", None)
+    runs.write_whole(out / "net.pt", partial(torch.save, net.state_dict()))
+    progress.finish()
+    print(f"wrote {out / 'net.pt'}")
+
+
+if __name__ == "__main__":                              # as a command; PLAN as Python in $PLAN
+    exec(os.environ.get("PLAN", ""))
+    runs.run(main)
+    raise AssertionError("run() ends in sys.exit")
+
+import pytest
 
 import align_attention
-import align_features
 import finetune
-import model
-from conftest import BRIEF, STAGES, brief, log_of, moved
-from model import Progress, read_weights
-
-ALL = pytest.mark.parametrize("stage", STAGES)
-STEPS = 6
-SCORE = {align_attention: "compare", align_features: "compare", finetune: "evaluate"}
-MAY_LEAVE = {"state.pt", "log.jsonl", "run.json"}
-BEST = "0-classify-best.safetensors"                    # of stage 3, from its first score on
-
-
-def command(stage, files, out, *flags):
-    name, data = ("weights", "classify") if stage is finetune else ("teacher", "photos")
-    return [str(word) for word in (
-        stage.__file__, f"--{name}", files / "teacher.safetensors", "--data", files / data, *BRIEF,
-        "--steps", STEPS, "--every", 4, *flags, "--out", out)]
+from conftest import BRIEF, log_of, moved
+from model import read_weights
 
 
 class Run:
-    """stage.main() in a process of its own, in which before() is called first."""
+    """run(main) in a process of its own, in which plan() is called first."""
 
-    def __init__(self, stage, files, out, *flags, before=lambda: None):
+    def __init__(self, out, *flags, plan=lambda: None, main=main, name="points.py"):
         self.pipe, end = os.pipe()
         self.pid = os.fork()
         if self.pid:
             return os.close(end)
-        code = 0
+        code = 99
         try:
+            os.setsid()                                 # a group, as a shell gives a command
             os.dup2(end, 1), os.dup2(end, 2)
-            sys.stdout, sys.stderr = (open(n, "w", 1, closefd=False) for n in (1, 2))
-            sys.argv = command(stage, files, out, *flags)
-            signal.alarm(120)                           # one that hangs ends, too
-            before()
-            model.run(stage.main)
+            sys.argv = [str(word) for word in (name, *flags, "--out", out)]
+            signal.alarm(60)                            # one that hangs ends, too
+            plan()
+            runs.run(main)
         except SystemExit as end:
             code = end.code
-        except BaseException:
-            traceback.print_exc()
         finally:
+            for worker in multiprocessing.active_children():    # as Python does at its end
+                worker.terminate(), worker.join()
             os._exit(code)
 
     def wait(self):
-        """-> (exit code, or -signal; what it said, without bars; its last line)."""
+        """-> (exit code, or -signal; what it said; its last line)."""
         code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
         with open(self.pipe, newline="\n") as file:
-            said = [line.rpartition("\r")[2] for line in file.read().split("\n")]
-        assert "Traceback" not in "\n".join(said), "\n".join(said)
-        said = [line for line in said if line and "img/s" not in line]
-        return code, "\n".join(said), (said or [""])[-1]
+            said = file.read()
+        return code, said, (said.splitlines() or [""])[-1]
 
 
-def at(step, act):
-    """For Run: act() when this step (None: the first) is computed, before it is logged."""
-    def before():
-        done, acted = Progress.done, []
-
-        def hooked(self, loss, **row):
-            if step in (None, self.step + 1) and not acted:
-                acted.append(act())
-            done(self, loss, **row)
-
-        Progress.done = hooked
-    return before
+def at(moment, step, act, *args):
+    """For Run: act(*args) at this moment ("read", "update", "score" ...) of this step."""
+    return lambda: PLAN.update({(moment, step): partial(act, *args)})
 
 
-def send(*numbers):
-    return lambda: [os.kill(os.getpid(), number) for number in numbers]
+def fail(error):
+    raise error
 
 
-def weights(out):
-    return {path.name: read_weights(path)[0] for path in sorted(out.glob("*.safetensors"))}
+def kill(number):
+    os.kill(os.getpid(), number)
 
 
-def hashes(folder):
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
+def net_of(out):
+    return torch.load(out / "net.pt", weights_only=True)
+
+
+def state_of(out):
+    return torch.load(out / "state.pt", weights_only=True)
 
 
 @pytest.fixture(scope="module")
-def whole(files, tmp_path_factory):
-    """stage -> what a run that nothing stops leaves: (weights, log)."""
-    made = {}
-
-    def of(stage):
-        if stage not in made:
-            out = tmp_path_factory.mktemp("whole") / "out"
-            assert Run(stage, files, out).wait()[0] == 0
-            made[stage] = weights(out), log_of(out)
-        return made[stage]
-    return of
+def whole(tmp_path_factory):
+    """What a run that nothing stops leaves: (tensors, log)."""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    assert Run(out).wait()[0] == 0
+    return net_of(out), log_of(out)
 
 
-def check_same(out, whole):
-    """Weights and log of `out` are bit for bit those of the run that nothing stopped."""
-    found = weights(out)
-    assert found.keys() == whole[0].keys() and found
-    assert not any(moved(whole[0][name], found[name]) for name in found)
-    rows = [[row | dict(weights=None) for row in log] for log in (log_of(out), whole[1])]
-    assert rows[0] == rows[1] and not (out / "state.pt").exists()
+def check_goes_on(out, whole, step, *flags):
+    """The same command goes on after this step, and ends bit for bit as the run nothing stopped."""
+    code, said, _ = Run(out, *flags).wait()
+    assert code == 0 and f"goes on from step {step} of {STEPS}" in said
+    assert not moved(whole[0], net_of(out)) and log_of(out) == whole[1]
+    assert not (out / "state.pt").exists()
 
 
 # --------------------------------------------------------------------------------------------------
 # Killed
 
-@ALL
-def test_killed_at_random_moments(files, tmp_path, whole, stage):
-    """Each goes on where the last state was; the end is that of a run that nothing stopped."""
-    moments, kills, code, out = random.Random(0), 0, None, tmp_path / "out"
-    while code != 0:
-        def soon():                         # as `kill -9`: the kernel ends it, nothing is caught
-            signal.signal(signal.SIGALRM, signal.SIG_DFL)
-            signal.setitimer(signal.ITIMER_REAL, moments.uniform(1e-3, 2e-2) * 1.1 ** kills)
-
-        state = (out / "state.pt").exists()
-        moments.random()
-        code, said, _ = Run(stage, files, out, "--save-every", 0, before=at(None, soon)).wait()
-        assert state == ("goes on from step" in said) and code in (0, -signal.SIGALRM)
-        kills += code != 0
-        assert kills < 60
-    assert kills > 1
-    check_same(out, whole(stage))
+def stage_1(files, out):
+    return dict(main=align_attention.main, name="align_attention.py"), [
+        out, "--teacher", files / "teacher.safetensors", "--data", files / "photos"]
 
 
-@ALL
-def test_killed_during_a_save_and_during_scoring(files, tmp_path, whole, stage):
-    """The state before stays whole; weights are on disk before anything is scored."""
-    out, flags, log = tmp_path / "out", ("--save-every", 0), tmp_path / "out/log.jsonl"
-    lines = lambda: log.read_bytes().count(b"\n") if log.exists() else 0
+def stage_3(files, out):
+    file = files / "teacher.safetensors"
+    return dict(main=finetune.main, name="finetune.py"), [
+        out, "--weights", file, f"{file}:linear", "--data", files / "classify"]
 
+
+@pytest.mark.parametrize("stage", (stage_1, stage_3))
+def test_a_stage_killed_at_random_moments_ends_as_one_that_is_not(files, tmp_path, stage):
+    """Stage 3 trains two rows into one log."""
+    ends, moments, kills, resumed = [], random.Random(0), 0, 0
+    for out in (tmp_path / "whole", tmp_path / "killed"):
+        more, words = stage(files, out)
+        words += [*BRIEF, "--steps", 4, "--every", 2, "--save-every", 0]
+        code = None
+        while code != 0:
+            def soon(done=Progress.done):               # after an update, by the kernel, as kill -9
+                def timed(self, *loss, **row):
+                    Progress.done = done
+                    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+                    signal.setitimer(signal.ITIMER_REAL, moments.uniform(1e-3, 0.02) * 1.1 ** kills)
+                    done(self, *loss, **row)
+                Progress.done = timed if out.name == "killed" else done
+
+            moments.random()
+            state = (out / "state.pt").exists()
+            code, said, _ = Run(*words, plan=soon, **more).wait()
+            assert code in (0, -signal.SIGALRM), said
+            kills, resumed = kills + (code != 0), resumed + state
+        ends.append(({p.name: read_weights(p)[0] for p in out.glob("*.safetensors")}, log_of(out)))
+    (tensors, log), (again, log_again) = ends
+    assert resumed and tensors and tensors.keys() == again.keys()
+    assert not any(moved(tensors[name], again[name]) for name in tensors)
+    assert [row | dict(weights=0) for row in log] == [row | dict(weights=0) for row in log_again]
+
+
+def test_killed_during_a_save_the_state_before_is_whole(tmp_path, whole):
     def half_a_save():
         def cut(path, content, write=Path.write_bytes):
-            kill = "state" in path.name and lines() == 3
-            write(path, content[:len(content) // 2] if kill else content)
-            kill and send(signal.SIGKILL)()
+            third = "state" in path.name and PLAN.get("reached")
+            write(path, content[:len(content) // 2] if third else content)
+            third and kill(signal.SIGKILL)
         Path.write_bytes = cut
+        at("read", 4, PLAN.update, dict(reached=True))()
 
-    def scoring():
-        score = getattr(stage, SCORE[stage])
-        setattr(stage, SCORE[stage], lambda *args, **more: (
-            lines() == STEPS and send(signal.SIGKILL)(), score(*args, **more))[1])
-
-    assert Run(stage, files, out, *flags, before=half_a_save).wait()[0] == -signal.SIGKILL
-    code, said, _ = Run(stage, files, out, *flags, before=scoring).wait()
-    assert code == -signal.SIGKILL and "goes on from step 2 of 6" in said
-    assert weights(out).keys() == whole(stage)[0].keys() and (out / "state.pt").exists()
-    code, said, _ = Run(stage, files, out, *flags,
-                        before=lambda: sys.modules.pop("matplotlib.figure")).wait()
-    assert code == 0 and "goes on from step 6 of 6" in said
-    assert not [path.name for path in out.iterdir() if path.name.startswith(".")]
-    assert (out / "curves.png").exists() == bool(importlib.util.find_spec("matplotlib"))
-    check_same(out, whole(stage))
+    out = tmp_path / "out"
+    assert Run(out, "--save-every", 0, plan=half_a_save).wait()[0] == -signal.SIGKILL
+    check_goes_on(out, whole, 2)
+    assert not [path.name for path in out.iterdir() if path.name.endswith(".part")]
 
 
-def test_the_first_state_is_due_after_30_seconds_the_next_after_120(files, tmp_path):
-    def before():
+def test_a_state_is_due_after_120_seconds(tmp_path):
+    def plan():
         clock, later = time.perf_counter, []
         time.perf_counter = lambda: clock() + sum(later)
-        for step, seconds in ((2, 31), (4, 100)):
-            at(step, partial(later.append, seconds))()
-        at(6, send(signal.SIGKILL))()
+        at("update", 2, later.append, 121)()
+        at("update", 4, later.append, 100)()
+        at("update", 6, kill, signal.SIGKILL)()
 
-    Run(align_features, files, tmp_path, before=before).wait()
-    assert torch.load(tmp_path / "state.pt", weights_only=True)["step"] == 2
+    Run(tmp_path, plan=plan).wait()
+    assert state_of(tmp_path)["step"] == 2
 
 
 # --------------------------------------------------------------------------------------------------
-# Stopped by a signal, refused, failed
+# Stopped by a signal
 
-@ALL
 @pytest.mark.parametrize("number", (signal.SIGINT, signal.SIGTERM))
-def test_a_signal_ends_in_one_line_and_the_same_command_goes_on(files, tmp_path, whole, stage,
-                                                                number):
-    """Also where the parent process had it ignored; and at the last step, before the scoring; with
-    other workers, another rate of saving."""
-    out, name = tmp_path / "out", Path(stage.__file__).name
-    for step, *flags in ((2,), (STEPS, "--workers", 1, "--save-every", 60)):
-        before = lambda: (signal.signal(number, signal.SIG_IGN), at(step, send(number))())
-        code, said, last = Run(stage, files, out, *flags, before=before).wait()
-        assert code == 128 + number and hashes(out).keys() - {BEST} == MAY_LEAVE
-        assert len(log_of(out)) == step
-        assert last == (f"{name}: stopped by {number.name}: step {step}, {out / 'state.pt'}: the "
-                        "same command goes on from here")
-    assert "goes on from step 2 of 6" in said and Run(stage, files, out).wait()[0] == 0
-    check_same(out, whole(stage))
+@pytest.mark.parametrize("moment", ("read", "update", "score"))
+def test_a_signal_ends_in_one_line_and_the_same_command_goes_on(tmp_path, whole, number, moment):
+    """Also where the parent process had it ignored."""
+    def plan():
+        signal.signal(number, signal.SIG_IGN)
+        at(moment, 2, kill, number)()
+
+    out, step = tmp_path / "out", 1 if moment == "read" else 2
+    code, said, last = Run(out, plan=plan).wait()
+    assert code == 128 + number and "Traceback" not in said
+    assert last == (f"points.py: stopped by {number.name}: the same command goes on from step "
+                    f"{step}, {out / 'state.pt'}")
+    check_goes_on(out, whole, step, "--workers", 1, "--save-every", 60)
 
 
-def test_a_row_after_the_one_that_was_stopped_begins_at_its_beginning(files, tmp_path):
-    """Stage 3 with two of --weights, stopped in the first."""
-    file, out, other = files / "teacher.safetensors", tmp_path / "out", tmp_path / "other"
-    two = "--weights", file, f"{file}:linear"
-    assert Run(finetune, files, other, *two).wait()[0] == 0
-    assert Run(finetune, files, out, *two, before=at(2, send(signal.SIGINT))).wait()[0] == 130
-    assert Run(finetune, files, out, *two).wait()[0] == 0
-    assert [row["step"] for row in log_of(out)] == 2 * list(range(1, STEPS + 1))
-    check_same(out, (weights(other), log_of(other)))
+def test_a_second_signal_ends_at_once(tmp_path):
+    def twice():
+        kill(signal.SIGINT), kill(signal.SIGINT)
+
+    code, _, _ = Run(tmp_path, plan=at("update", 2, twice)).wait()
+    assert code == -signal.SIGINT and not (tmp_path / "state.pt").exists()
 
 
-def test_auto_is_what_the_device_has(files, tmp_path, monkeypatch):
-    """A state goes on in its precision; where "auto" is another one, the run begins anew."""
-    out, native = tmp_path / "out", "_is_avx512_bf16_supported"
-    monkeypatch.setattr(torch.cpu, native, lambda: True, raising=False)
-    flags = align_features, files, out, "--dtype", "auto"
-    Run(*flags, before=at(2, send(signal.SIGTERM))).wait()
-    assert json.loads((out / "run.json").read_text())["dtype"] == "bfloat16"
-    monkeypatch.setattr(torch.cpu, native, lambda: False, raising=False)
-    code, said, _ = Run(*flags).wait()
-    assert code == 0 and "goes on" not in said and (tmp_path / "out-1/state.pt").exists()
-    assert json.loads((out / "run.json").read_text())["dtype"] == "float32"
+def test_a_signal_after_the_loop_is_not_lost(tmp_path, whole):
+    code, _, last = Run(tmp_path / "out", plan=at("end", None, kill, signal.SIGTERM)).wait()
+    assert code == 143 and "goes on from step 6" in last
+    check_goes_on(tmp_path / "out", whole, 6)
 
 
-@pytest.mark.parametrize("second", (signal.SIGINT, signal.SIGTERM))
-def test_a_second_signal_ends_at_once(files, tmp_path, second):
-    run = Run(align_features, files, tmp_path / "out", before=at(2, send(signal.SIGINT, second)))
-    assert run.wait()[0] == -second and not (tmp_path / "out/state.pt").exists()
-
-
-def test_a_signal_outside_the_loop_is_not_lost(files, tmp_path, whole):
-    """Before the last state is written; while it is, which leaves no part of it; in scoring."""
-    def leaving():
-        leave = Progress.__exit__
-        Progress.__exit__ = lambda *args: (send(signal.SIGTERM)(), leave(*args))[1]
-
-    def saving():
-        write = Path.write_bytes
-        Path.write_bytes = lambda path, content: write(path, content) and (
-            send(signal.SIGTERM)() if "state" in path.name else 0)
-
-    def scoring():
-        align_features.compare = lambda *args: send(signal.SIGTERM)()
-
-    for before in (leaving, saving, scoring):
-        out = tmp_path / before.__name__
-        code, said, last = Run(align_features, files, out, before=before).wait()
-        assert code == 143 and "stopped by SIGTERM" in last and "the same command goes on" in last
-        left = hashes(out).keys()
-        assert left <= MAY_LEAVE and ("state.pt" in left) == (before is leaving)
-        assert Run(align_features, files, out).wait()[0] == 0
-        check_same(out, whole(align_features))
-
-
-def test_a_lost_log_and_what_a_kill_left_of_run_json_are_no_hindrance(files, tmp_path):
+def test_ctrl_c_to_a_command_with_workers_while_another_run_is_refused(tmp_path):
     out = tmp_path / "out"
-    out.mkdir()
-    (out / ".run.json.part").touch()
-    Run(align_features, files, out, before=at(2, send(signal.SIGTERM))).wait()
-    (out / "log.jsonl").unlink()
-    assert Run(align_features, files, out).wait()[0] == 0
-    assert [row["step"] for row in log_of(out)] == [3, 4, 5, 6]
+    flags = "--workers", 2, "--steps", 10 ** 6, "--save-every", 0
+    run = Run(out, *flags)
+    while not (out / "state.pt").exists():
+        time.sleep(0.01)
+    code, _, last = Run(out, *flags).wait()
+    assert code == 1 and "is being written by another run" in last
+    os.killpg(run.pid, signal.SIGINT)
+    code, said, last = run.wait()
+    assert code == 130 and "Traceback" not in said and "stopped by SIGINT" in last
+    with pytest.raises(ProcessLookupError):             # no worker is left
+        os.killpg(run.pid, 0)
 
 
-@ALL
-def test_changed_inputs_are_refused_and_other_arguments_begin_anew(files, tmp_path, whole, stage):
-    """One sentence, nothing touched: a photo more or less, another weight, a state that is damaged
-    or holds code, which does not run. What is changed back goes on."""
-    class Evil:
-        def __reduce__(self):
-            return os.mkdir, (str(tmp_path / "evil"),)
-
-    shutil.copytree(files, tmp_path / "files")
-    here, out, gone = tmp_path / "files", tmp_path / "out", tmp_path / "gone"
-    teacher, state = here / "teacher.safetensors", out / "state.pt"
-    data = here / ("classify/train/red" if stage is finetune else "photos/album1")
-    Run(stage, here, out, before=at(2, send(signal.SIGTERM))).wait()
-    other, weight, good = next(data.iterdir()), teacher.read_bytes(), state.read_bytes()
-    evil = torch.load(state, weights_only=True) | dict(kept=Evil())
-    for change, undo in (
-            (lambda: shutil.copy(other, data / "new.jpg"), (data / "new.jpg").unlink),
-            (lambda: other.rename(gone), lambda: gone.rename(other)),
-            (lambda: teacher.write_bytes(weight[:-1] + bytes([weight[-1] ^ 1])),
-             lambda: teacher.write_bytes(weight)),
-            (lambda: state.write_bytes(good[:-9]), lambda: state.write_bytes(good)),
-            (lambda: torch.save(evil, state), lambda: state.write_bytes(good))):
-        change()
-        kept = hashes(out)
-        code, _, last = Run(stage, here, out).wait()
-        assert code == 1 and hashes(out) == kept and ("changed" in last or "pt is cut" in last)
-        undo()
-        assert sorted(tmp_path.iterdir()) == [here, out]
-    kept = hashes(out)
-    code, said, _ = Run(stage, here, out, "--seed", 1, "--steps", 1).wait()
-    assert code == 0 and "an earlier run was there, now in out-1" in said
-    assert hashes(tmp_path / "out-1") == kept and len(log_of(out)) == 1
-    shutil.rmtree(out)
-    (tmp_path / "out-1").rename(out)
-    assert Run(stage, here, out).wait()[0] == 0
-    check_same(out, whole(stage))
+def test_workers_ignore_ctrl_c_and_nothing_else():
+    """Spawned ones, too, which do not inherit what the main process does."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    runs.leave_signals(0)
+    now = [signal.signal(number, handler) for number, handler in before.items()]
+    assert now == [signal.SIG_IGN, signal.SIG_DFL]
 
 
-@ALL
-@pytest.mark.parametrize("room", (200, 20_000))         # neither log nor state fit; the log does
-def test_a_full_disk_or_a_loss_that_is_not_finite_leaves_the_last_state(files, tmp_path, whole,
-                                                                        stage, room):
+def test_a_command_whose_reader_is_gone_saves_its_state_and_ends_quietly(tmp_path):
+    """As in `... 2>&1 | tee log`, where Ctrl-C ends tee first."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    plan = "runs.LINE_EVERY = 0; PLAN['update', 3] = lambda: os.kill(os.getpid(), 2)"
+    command = [sys.executable, __file__, "--out", tmp_path / "out"]
+    done = subprocess.run(command, stdout=writer, stderr=writer, env=os.environ | dict(PLAN=plan))
+    assert done.returncode == 130 and state_of(tmp_path / "out")["step"] == 3
+
+
+def test_a_command_without_stdout_and_stderr_runs(tmp_path):
+    command = f'exec "{sys.executable}" "{__file__}" --workers 1 --out "{tmp_path}/out" >&- 2>&-'
+    assert subprocess.run(["bash", "-c", command]).returncode == 0
+    assert len(log_of(tmp_path / "out")) == STEPS * 2 and net_of(tmp_path / "out")
+
+
+# --------------------------------------------------------------------------------------------------
+# Ended by an error
+
+@pytest.mark.parametrize("workers", (0, 1))
+@pytest.mark.parametrize("moment", ("read", "score"))
+def test_an_error_between_two_updates_saves_the_last_one(tmp_path, whole, moment, workers):
+    """A photo that cannot be read, in training or scoring; the worker's error is one line, too."""
+    out, step = tmp_path / "out", 2 if moment == "read" else 3
+    plan = at(moment, 3, fail, InputError("photo.jpg cannot be read"))
+    code, said, last = Run(out, "--workers", workers, plan=plan).wait()
+    assert code == 1 and "Traceback" not in said
+    assert last == (f"points.py: photo.jpg cannot be read (the same command goes on from step "
+                    f"{step}, {out / 'state.pt'})")
+    assert Run(out).wait()[0] == 0 and not moved(whole[0], net_of(out))
+
+
+@pytest.mark.parametrize("act", (partial(kill, signal.SIGKILL), partial(fail, RuntimeError(
+    "unable to write to file </torch_1>: No space left on device"))))
+def test_a_worker_that_dies_ends_the_run_after_its_state_is_saved(tmp_path, whole, act):
+    """In one line, and without a hang, also where it dies in the middle of an update."""
+    plan = lambda: (at("read", 4, act)(), at("update", 2, time.sleep, 0.5)())
+    code, said, last = Run(tmp_path / "out", "--workers", 1, plan=plan).wait()
+    assert code == 1 and "Traceback" not in said
+    assert "a worker that loads photos failed: try fewer --workers, or 0" in last
+    step = state_of(tmp_path / "out")["step"]
+    assert step >= 1 and f"goes on from step {step}" in last
+    check_goes_on(tmp_path / "out", whole, step)
+
+
+@pytest.mark.parametrize("moment", ("update", "end of update"))
+def test_an_error_in_an_update_saves_nothing_and_names_its_step(tmp_path, whole, moment):
+    """What is half done does not replace the state of an earlier step."""
+    plan = at(moment, 3, fail, ZeroDivisionError("oh"))
+    for out, seconds in (tmp_path / "never", 120), (tmp_path / "always", 0):
+        code, said, last = Run(out, "--save-every", seconds, plan=plan).wait()
+        assert code == 1 and said.count("Traceback") == 1 and "in step 3: oh" in last
+    assert not (tmp_path / "never/state.pt").exists()
+    check_goes_on(tmp_path / "always", whole, 2)
+
+
+def test_out_of_memory_is_one_line_that_says_what_to_do(tmp_path):
+    plan = at("update", 2, fail, torch.OutOfMemoryError("CUDA out of memory. Tried ..."))
+    code, said, last = Run(tmp_path, plan=plan).wait()
+    assert code == 1 and "Traceback" not in said
+    assert "in step 2: out of memory: try a lower --batch-size or --size, or --recompute" in last
+
+
+def test_a_loss_that_is_not_finite_saves_nothing_and_names_its_step(tmp_path):
+    plan = at("update", 3, setattr, torch.Tensor, "square", lambda x: x * float("nan"))
+    code, said, last = Run(tmp_path, plan=plan).wait()
+    assert code == 1 and "the loss is nan at step 3: try a lower --lr than 0.1" in last
+    assert "Traceback" not in said and not (tmp_path / "state.pt").exists()
+    assert [row["step"] for row in log_of(tmp_path)] == [1, 1, 2, 2]
+
+
+@pytest.mark.parametrize("room", (450, 3_000))          # neither log nor state fit; the log does
+def test_a_full_disk_leaves_the_last_state(tmp_path, whole, room):
     def fill():
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
 
-    out, start = tmp_path / "out", partial(Run, stage, files)
-    code, _, last = start(out, "--save-every", 0, before=at(3, fill)).wait()
-    assert code == 1 and "File too large" in last and hashes(out).keys() == MAY_LEAVE
-    code, said, _ = start(out, "--save-every", 0).wait()
-    assert code == 0 and "goes on from step 2 of 6" in said
-    check_same(out, whole(stage))
-    code, _, last = start(tmp_path / "nan", "--lr", 1e30, "--save-every", 0).wait()
-    step = torch.load(tmp_path / "nan/state.pt", weights_only=True)["step"]
-    assert code == 1 and f"at step {step + 1}: try a lower --lr than 1e+30" in last
-    assert step < STEPS and hashes(tmp_path / "nan").keys() == MAY_LEAVE
+    out, flags = tmp_path / "out", ("--save-every", 0)
+    code, said, last = Run(out, *flags, plan=at("update", 3, fill)).wait()
+    assert code == 1 and "File too large" in last and "Traceback" not in said
+    check_goes_on(out, whole, 2)
+
+
+def test_a_picture_that_fails_is_said_and_ends_nothing(capsys):
+    runs.show(fail, ValueError("no font"))
+    assert capsys.readouterr().err == "no picture: no font\n"
 
 
 # --------------------------------------------------------------------------------------------------
-# The same from any number of workers and processes
+# The same run, and another one
 
-@ALL
-def test_a_run_can_be_repeated_and_have_any_number_of_steps(files, tmp_path, stage):
-    """Same seed: same tensors and losses, bit for bit, however many workers. Another: others."""
-    for out, flags in dict(a=[], b=["--workers", 3], c=["--seed", 1]).items():
-        brief(stage, files, tmp_path / out, *flags)
-    states = [weights(tmp_path / out) for out in "abc"]
-    assert [any(moved(states[0][name], state[name]) for name in states[0]) for state in states
-            ] == [False, False, True]
-    logs = [log_of(tmp_path / out) for out in "abc"]
-    assert [logs[0] != log for log in logs] == [False, False, True]
-    steps = (1, 2, 9, 10)                   # the warm-up, a tenth of the schedule, is short of one
-    for steps in steps if stage is finetune else (0, *steps):
-        brief(stage, files, tmp_path / "n", "--steps", steps, "--batch-size", 2)
-        assert len(log_of(tmp_path / "n")) == steps
-
-
-@pytest.mark.parametrize("again", (False, True))
-def test_ctrl_c_to_a_command_with_workers(files, tmp_path, again):
-    """As a terminal sends it, to all processes; started with it ignored, as by `nohup ... &`. While
-    it runs, no other run can write to its folder, and none while it goes on after a stop."""
-    flags = "--save-every", 0, "--workers", 2, "--steps", 100_000
-    out, state = tmp_path / "out", tmp_path / "out/state.pt"
-    if again:
-        Run(align_features, files, out, *flags, before=at(3, send(signal.SIGINT))).wait()
-    before = state.stat().st_mtime_ns if again else 0
-    argv = command(align_features, files, out, *flags)
-    process = subprocess.Popen([sys.executable, *argv], stderr=subprocess.PIPE,
-                               stdout=subprocess.PIPE, text=True, start_new_session=True,
-                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN))
-    while process.poll() is None and not (state.exists() and state.stat().st_mtime_ns > before):
-        time.sleep(0.01)
-    code, _, last = Run(align_features, files, out, *flags).wait()
-    assert code == 1 and "is being written by another run" in last
-    os.killpg(process.pid, signal.SIGINT)
-    said, errors = process.communicate(timeout=60)
-    assert process.returncode == 130 and "Traceback" not in errors
-    assert "stopped by SIGINT: step" in errors.splitlines()[-1] and again == ("goes on" in said)
-    with pytest.raises(ProcessLookupError):             # no worker is left
-        os.killpg(process.pid, 0)
+def test_the_same_folders_in_other_words_are_the_same_run(tmp_path, whole, monkeypatch):
+    """With a slash at the end, ~ and relative, also where no shell writes them out."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photos").mkdir()
+    for step, (out, data) in enumerate((
+            ("out", "photos"), ("out/", "photos/"), ("~/out", "~/photos"),
+            ("./photos/../out", tmp_path / "photos")), 1):
+        plan = at("update", step, kill, signal.SIGINT)
+        code, said, _ = Run(out, "--data", data, plan=plan).wait()
+        assert code == 130 and (step == 1 or f"goes on from step {step - 1}" in said)
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "photos"}
+    check_goes_on(tmp_path / "out", whole, 4, "--data", "photos")
 
 
-@ALL
-def test_two_processes_equal_one(files, tmp_path, stage):
-    """20 steps in float64 within 1e-8; only the first writes and prints; both stop together."""
-    flags = ["--steps", 20, "--dtype", "float64", "--lr", 1e-3]
+def test_weights_are_recognised_by_name_file_and_operator_in_any_spelling(tmp_path):
+    (tmp_path / "a").touch()
+    for spec in "{}", "vit={}", "{}:linear", "vit={}:linear", "vit_small:linear":
+        there, same = (spec.format(f"{tmp_path}/{path}") for path in ("a", "./a"))
+        assert runs.real([same]) == [there]
+
+
+def test_another_run_moves_the_stopped_one_aside_and_names_what_differs(tmp_path):
+    photo, out = tmp_path / "photo", tmp_path / "out"
+    photo.write_bytes(b"1")
+    stopped = at("update", 2, kill, signal.SIGINT)
+    Run(out, "--data", photo, plan=stopped).wait()
+    command = out, "--data", photo, "--lr", 0.2, "--seed", 3
+    assert f"now in {out}-1 (stopped; --lr was 0.1; --seed was 0)" in Run(
+        *command, plan=stopped).wait()[1]
+    photo.write_bytes(b"2")
+    assert f"now in {out}-2 (stopped; photos or weights have changed)" in Run(*command).wait()[1]
+    _, said, _ = Run(*command, name="other.py", plan=stopped).wait()
+    assert f"an earlier run was there, now in {out}-3\n" in said       # it was finished
+    assert f"{out}-4 (stopped; it ran another script)" in Run(*command).wait()[1]
+    assert [state_of(tmp_path / f"out-{i}")["step"] for i in (1, 2, 4)] == [2, 2, 2]
+    assert net_of(tmp_path / "out-3")
+
+
+def test_a_folder_that_cannot_be_used_is_refused_at_the_first_run(tmp_path, monkeypatch):
+    """One that holds other files, one that is read, one that cannot be renamed later."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").write_text("x")
+    (tmp_path / "run.json").write_text("{}")            # of somebody else's program
+    assert "holds files that no run of ours wrote" in Run(tmp_path).wait()[2]
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for out in (photos, "photos/out", tmp_path):
+        assert "which is read: name another" in Run(out, "--data", photos).wait()[2]
+    def mount(rename=Path.rename):
+        Path.rename = lambda path, to: fail(OSError("busy")) if path == photos else rename(path, to)
+
+    assert "name a folder in it" in Run(photos, plan=mount).wait()[2]
+    assert (tmp_path / "mine").read_text() == "x" and os.listdir(photos) == [".lock"]
+    assert Run(photos / "out", plan=mount).wait()[0] == 0
+
+
+def test_a_folder_with_dot_names_only_is_empty(tmp_path):
+    (tmp_path / ".DS_Store").touch()
+    assert Run(tmp_path).wait()[0] == 0 and (tmp_path / ".DS_Store").exists()
+
+
+def test_a_state_that_is_cut_holds_code_or_does_not_fit_is_named_in_one_line(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "evil"),)
+
+    out, linear = tmp_path / "out", nn.Linear
+    Run(out, plan=at("update", 2, kill, signal.SIGINT)).wait()
+    state, good = out / "state.pt", state_of(out)
+    other = lambda: setattr(nn, "Linear", lambda *shape: linear(3, 1, bias=False))
+    torch.save(good, tmp_path / "good")
+    torch.save(dict(good, kept=Evil()), tmp_path / "evil code")
+    (tmp_path / "cut").write_bytes(state.read_bytes()[:1000])
+    for file, plan, reason in (("good", other, "does not fit the code"),
+                               ("cut", lambda: None, "is cut or damaged"),
+                               ("evil code", lambda: None, "holds more than tensors")):
+        shutil.copy(tmp_path / file, state)
+        code, said, last = Run(out, plan=plan).wait()
+        assert code == 1 and str(state) in last and reason in last and "Traceback" not in said
+    assert not (tmp_path / "evil").exists()
+
+
+# --------------------------------------------------------------------------------------------------
+# What is shown, and the user's machine
+
+def test_without_a_terminal_progress_is_a_line_every_30_seconds(tmp_path):
+    def plan():
+        clock, later = time.perf_counter, []
+        time.perf_counter = lambda: clock() + sum(later)
+        for step in (1, 2, 3, 4):
+            at("update", step, later.append, 16)()
+
+    said = Run(tmp_path, plan=plan).wait()[1]
+    lines = [line.split("  ") for line in said.splitlines() if line.startswith("step")]
+    assert "\r" not in said and [line[0] for line in lines] == ["step 2/6", "step 4/6", "step 6/6"]
+    assert lines[0][3:] == ["0 images/s", "01:04 left"] and "loss" in lines[0][1]
+
+
+def test_images_are_counted_in_batches_of_several_sizes(tmp_path):
+    args = runs.argparse.Namespace(steps=2, save_every=120, lr=1)
+    progress = Progress(args, tmp_path, None, {})
+    batches = [torch.zeros(4, 3), [(torch.zeros(2, 3), None), (torch.zeros(3, 3), None)]]
+    for _ in progress.steps(batches):
+        progress.done(1.0)
+    assert progress.images == 9 and progress.seconds > 0
+
+
+def test_the_log_can_be_followed(tmp_path):
+    """Each line is on disk when the update after it begins."""
+    plan = at("update", 3, lambda: print(len(log_of(tmp_path)), "lines"))
+    assert "4 lines" in Run(tmp_path, plan=plan).wait()[1]
+
+
+def test_without_a_compiler_a_run_is_eager_and_says_so(tmp_path):
+    none = partial(fail, RuntimeError("No working C++ compiler found"))
+    plan = lambda: setattr(torch, "compile", lambda function: lambda x: none())
+    code, said, _ = Run(tmp_path, "--compile", plan=plan).wait()
+    assert code == 0 and "--no-compile, since torch.compile does not work here: No working" in said
+    assert not json.loads((tmp_path / "run.json").read_text())["compile"]
+
+
+@pytest.mark.parametrize("environ, rank", ((dict(RANK="3", WORLD_SIZE="8"), (0, 1)), (dict(
+    RANK="3", WORLD_SIZE="8", LOCAL_RANK="1", MASTER_ADDR="x", MASTER_PORT="1"), (3, 8))))
+def test_what_other_launchers_set_does_not_make_it_one_of_several(monkeypatch, environ, rank):
+    for key, value in environ.items():
+        monkeypatch.setenv(key, value)
+    spec = importlib.util.spec_from_file_location("again", runs.__file__)
+    again = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(again)
+    assert (again.RANK, again.WORLD) == rank
+
+
+@pytest.mark.parametrize("flags, said", ((["--steps", -1], "--steps -1: expected 0 or more"),
+                                         (["--save-every", "nan"], "--save-every nan"),
+                                         (["--lr", 0], "--lr 0.0: expected a number above 0")))
+def test_a_flag_that_makes_no_sense_is_refused(tmp_path, flags, said):
+    code, _, last = Run(tmp_path / "out", *flags).wait()
+    assert code == 1 and said in last and not (tmp_path / "out").exists()
+
+
+# --------------------------------------------------------------------------------------------------
+# Several processes
+
+def pair(out, *flags, second=lambda: None):
+    """What torchrun --nproc-per-node 2 starts, without its imports: -> what each Run.wait() gives.
+    second: the plan of the second process."""
+    with socket.create_server(("localhost", 0)) as free:
+        port = str(free.getsockname()[1])
+
+    def rank(n):
+        os.environ |= dict(RANK=str(n), WORLD_SIZE="2", LOCAL_RANK=str(n), MASTER_ADDR="localhost",
+                           MASTER_PORT=port)
+        runs.RANK, runs.WORLD = n, 2
+        n and second()
+
+    both = [Run(out, *flags, plan=partial(rank, n)) for n in (0, 1)]
+    return [run.wait() for run in both]
+
+
+def test_two_processes_equal_one(tmp_path):
+    """Only the first writes and prints; a signal to the second stops both after the same step."""
     one, two = tmp_path / "one", tmp_path / "two"
-    brief(stage, files, one, "--every", 4, *flags)
-
-    def pair(before=lambda: None):
-        """What torchrun --nproc-per-node 2 starts, without its imports."""
-        with socket.create_server(("localhost", 0)) as free:
-            port = str(free.getsockname()[1])
-
-        def rank(n):
-            os.environ |= dict(RANK=str(n), WORLD_SIZE="2", MASTER_ADDR="localhost",
-                               MASTER_PORT=port)
-            for module in (model, *STAGES):
-                module.RANK, module.WORLD = n, 2
-            before()
-
-        runs = [Run(stage, files, two, *flags, before=partial(rank, n)) for n in (0, 1)]
-        return [run.wait() for run in runs]
-
-    (code, _, last), quiet = pair(at(7, lambda: model.RANK and send(signal.SIGTERM)()))
-    assert code == 143 and "step 7" in last and quiet == (143, "", "")
-    (code, said, _), quiet = pair()
+    flags = "--steps", 20, "--every", 4
+    assert Run(one, *flags).wait()[0] == 0
+    stop = at("update", 7, kill, signal.SIGTERM)
+    (code, _, last), quiet = pair(two, *flags, second=stop)
+    assert code == 143 and "goes on from step 7" in last and quiet == (143, "", "")
+    (code, said, _), quiet = pair(two, *flags)
     assert code == 0 and "goes on from step 7 of 20" in said and quiet == (0, "", "")
-    assert hashes(one).keys() == hashes(two).keys()
-    for want, have in zip(weights(one).values(), weights(two).values(), strict=True):
-        assert all(want[key].dtype == torch.float64 for key in want)
-        assert max((want[key] - have[key]).abs().max() for key in want) < 1e-8
-    losses = [[row["loss"] for row in log_of(out)] for out in (one, two)]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-8) and len(losses[0]) == 20
+    assert (net_of(one)["weight"] - net_of(two)["weight"]).abs().max() < 1e-8
+    for a, b in zip(log_of(one), log_of(two), strict=True):
+        assert a == pytest.approx(b, rel=1e-8)
 
 
-def test_torchrun(files, tmp_path):
-    argv = command(align_features, files, tmp_path / "out", "--steps", 1)
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2",
-                           *argv], capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("wrote ") == 1 == done.stdout.count("training all")
+def test_an_error_of_one_process_ends_both_after_the_state_is_saved(tmp_path):
+    plan = at("read", 3, fail, InputError("photo.jpg cannot be read"))
+    (code, said, last), (other, _, reason) = pair(tmp_path, second=plan)
+    assert (code, other) == (1, 1) and "Traceback" not in said
+    assert "photo.jpg cannot be read" in reason and "stopped by another process" in last
+    assert "goes on from step 2" in last and state_of(tmp_path)["step"] == 2
 
 
-def test_the_logs_length_is_saved_also_by_a_resume_that_takes_no_step(files, tmp_path, whole):
-    """Killed twice in scoring, with lines in the log that the state does not know of."""
-    out, kill = tmp_path / "out", lambda: os.kill(os.getpid(), signal.SIGKILL)
-    for _ in range(2):
-        Run(align_features, files, out, before=lambda: setattr(
-            align_features, "picture", lambda *args: kill())).wait()
-        with open(out / "log.jsonl", "a") as log:
-            log.write('{"step": 99}\n')
-    length = torch.load(out / "state.pt", weights_only=True)["logged"]
-    (out / "log.jsonl").write_bytes((out / "log.jsonl").read_bytes()[:length])
-    assert [row["step"] for row in log_of(out)] == list(range(1, STEPS + 1))
-    assert Run(align_features, files, out).wait()[0] == 0
-    check_same(out, whole(align_features))
+def test_no_process_waits_for_one_that_was_killed(tmp_path):
+    before = time.time()
+    plan = at("update", 3, kill, signal.SIGKILL)
+    (code, said, last), (other, *_) = pair(tmp_path, "--save-every", 0, second=plan)
+    assert code == 1 and other == -signal.SIGKILL and time.time() < before + 20
+    assert "in step 3" in last and "Traceback" not in said and state_of(tmp_path)["step"] == 2
+
+
+def test_gradients_of_any_kind_are_averaged(monkeypatch):
+    """Of two dtypes and of none, beside a process that has zeros."""
+    monkeypatch.setattr(runs, "WORLD", 2)
+    monkeypatch.setattr(runs.dist, "all_reduce", lambda tensor: None)
+    kinds = torch.float64, torch.float32, torch.float64
+    parameters = [nn.Parameter(torch.ones(2, 3, dtype=kind)) for kind in kinds]
+    parameters[0].grad, parameters[1].grad = (p.detach() * n for p, n in zip(parameters, (4, 6)))
+    runs.average_gradients(parameters)
+    assert [p.grad is None or p.grad.unique().item() for p in parameters] == [2, 3, True]
+
+
+def test_torchrun_ends_with_our_line(tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", __file__,
+               "--batch-size", "3", "--out", tmp_path / "out"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1 and "--batch-size 3: expected a multiple" in done.stderr[-500:]

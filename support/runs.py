@@ -1,0 +1,530 @@
+"""What any long run needs, and the method does not: flags, stopping and going on, torchrun, files.
+
+A run owns one folder: run.json (its arguments and a hash of what it reads), log.jsonl, and state.pt
+until it is finished. The same command on the same inputs goes on from state.pt. Before any other
+run the folder moves to OUT-1, OUT-2, ... A file appears whole or not at all.
+"""
+import argparse
+import hashlib
+import io
+import json
+import math
+import os
+import re
+import signal
+import sys
+import time
+import traceback
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from functools import partial
+from itertools import count
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+from torch._utils import _flatten_dense_tensors, _take_tensors, _unflatten_dense_tensors
+from tqdm import tqdm
+
+try:
+    import fcntl
+    import resource
+except ImportError:                                     # Windows has neither
+    fcntl = resource = None
+
+# Other launchers set some of these: without all of them this is one process.
+TORCHRUN = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
+RANK, WORLD = map(int, (os.environ["RANK"], os.environ["WORLD_SIZE"]) if TORCHRUN else (0, 1))
+LINE_EVERY = 30                                         # seconds, where stderr is no terminal
+PATHS = "teacher", "student", "weights", "data", "predict"
+bar = partial(tqdm, leave=False, delay=2, disable=RANK > 0 or None)     # None: if no terminal
+
+
+class InputError(Exception):
+    """What the user gave cannot be used, in one line: what, what is expected, what was found."""
+
+    def __init__(self, message):                        # a loader's worker adds its traceback
+        message = str(message).rpartition("InputError: ")[2].strip()
+        super().__init__("".join(c if c.isprintable() else " " for c in message))
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal ended the run: its number, or 0 if another process did. left: what it leaves."""
+    left = ""
+
+
+# ---- Files
+
+def one_line(error):
+    """What a library's error says, in 300 characters at most, without torch.load's advice."""
+    message = str(error).rpartition("WeightsUnpickler error:")[2].strip()
+    if "Original Traceback" in message:                 # of a loader's worker, ends with its error
+        message = message.splitlines()[-1]
+    return (" ".join(message.split()) or type(error).__name__)[:300]
+
+
+def write_whole(path, content):
+    """Write bytes, what content(file) writes, or JSON: the file appears whole or not at all."""
+    if RANK > 0:
+        return
+    if callable(content):
+        content(buffer := io.BytesIO())
+        content = buffer.getvalue()
+    elif not isinstance(content, bytes):
+        content = json.dumps(content, indent=1, allow_nan=False).encode()
+    part = Path(path).with_name(f".{Path(path).name}.part")
+    try:
+        part.write_bytes(content)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def real(value):
+    """FILE, FILE:OPERATOR, NAME=FILE or a list of them with real paths; a name stays a name."""
+    if not isinstance(value, str):
+        return value and [real(each) for each in value]
+    return "".join(os.path.realpath(part) if os.path.exists(part) else part
+                   for part in re.split("([=:])", value))
+
+
+def lock(out):
+    """Refuse a folder to which a living run writes; a process that was killed holds no lock."""
+    if fcntl is None:
+        return
+    lock.file = open(out / ".lock", "a")                # until this process ends
+    try:
+        fcntl.lockf(lock.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        raise InputError(f"--out {out} is being written by another run") from None
+    except OSError:                                     # a file system without locks
+        pass
+
+
+def claim(out, told):
+    """Make or find the folder of the run that `told` describes; another run's moves aside."""
+    mark, state, new = out / "run.json", out / "state.pt", not out.exists()
+    held = not new and any(not path.name.startswith(".") for path in out.iterdir())
+    if held and not (mark.is_file() and b'"script"' in mark.read_bytes()):
+        raise InputError(f"--out {out} holds files that no run of ours wrote: name another")
+    out.mkdir(parents=True, exist_ok=True)
+    lock(out)
+    before = json.loads(mark.read_bytes()) if held else told
+    said = {"script": "it ran another script", "read": "photos or weights have changed"}
+    changed = [said.get(key) or f"--{key.replace('_', '-')} was {before.get(key)}"
+               for key in before | told if before.get(key) != told.get(key)]
+    if new or state.is_file() and not changed:
+        return write_whole(mark, told)
+    aside = next(path for path in (Path(f"{out}-{i}") for i in count(1))
+                 if not os.path.lexists(path))
+    why = f" (stopped; {'; '.join(changed)})" if state.is_file() else ""
+    try:
+        out.rename(aside)
+    except OSError:                                     # said before there is anything to move
+        raise InputError(f"--out {out} is a mount, or another folder that cannot be renamed when "
+                         "a later run needs it: name a folder in it") from None
+    if held:
+        print(f"--out {out}: an earlier run was there, now in {aside}{why}")
+        out.mkdir()
+        lock(out)
+    else:
+        aside.rename(out)
+    write_whole(mark, told)
+
+
+def open_out(args, inputs, *lists):
+    """Make the folder --out, or find a stopped run in it: -> (folder, its state or None).
+
+    Called after all checks. inputs: weight files and folders that are read, and must lie apart.
+    Files' content and `lists` (of photos' names) are hashed: a run on changed ones is another run.
+    """
+    out, digest = Path(os.path.realpath(args.out)), hashlib.sha256(repr(lists).encode())
+    for path in map(Path, filter(None, inputs)):
+        if any(a.is_relative_to(b) for a, b in ((out, path.resolve()), (path.resolve(), out))):
+            raise InputError(f"--out {args.out} holds or lies in {path}, which is read: name "
+                             "another")
+        digest.update(path.read_bytes() if path.is_file() else b"")
+    told = {key: real(value) if key in PATHS else value for key, value in vars(args).items()
+            if key not in ("out", "workers", "save_every")}         # these may change
+    told |= {"script": Path(sys.argv[0]).name, "read": digest.hexdigest()}
+    if RANK == 0:
+        claim(out, json.loads(json.dumps(told)))        # tuples become lists, as in run.json
+    if WORLD > 1:
+        dist.barrier()                                  # the folder is as rank 0 leaves it
+    state, saved = out / "state.pt", None
+    if state.is_file():
+        try:
+            saved = torch.load(state, map_location="cpu", weights_only=True)
+            print(f"--out {args.out}: goes on from step {saved['step']} of {args.steps}")
+        except Exception:                               # junk makes readers raise nearly anything
+            raise InputError(f"{state} is cut or damaged, or holds more than tensors: remove it, "
+                             "and the same command begins anew") from None
+    return Path(args.out) if os.path.realpath(args.out) == str(out) else out, saved   # "." moved
+
+
+# ---- Flags, device, processes
+
+def expand(text):
+    """~ as a shell writes it out, also in --out=~/x and NAME=~/x, where it does not."""
+    return "=".join(map(os.path.expanduser, text.split("=")))
+
+
+def parse_args(parser, argv, out, defaults, demo, sizes=False):
+    """Add the flags that say nothing of the method, and parse. Without --data what is not given is
+    `demo`'s, else `defaults`'. sizes: --size takes several, and args.size is a list."""
+    flag, cuda = parser.add_argument, torch.cuda.is_available()
+    parser.register("type", None, expand)               # of each flag that names no other type
+    flag("--size", type=int, nargs="+" if sizes else None,
+         help=f"pixels, a multiple of the patch{', or several' * sizes} (default: the weights')")
+    for key in ("steps", "batch_size"):
+        flag(f"--{key.replace('_', '-')}", type=int,
+             help=f"(default: {defaults[key]}, demo: {demo[key]})")
+    flag("--workers", type=int, default=min(8, os.cpu_count() or 1) if cuda else 0,
+         help="processes that load photos (default: up to 8 on a GPU, else 0)")
+    flag("--dtype", choices=("auto", "float64", "float32", "bfloat16", "float16"), default="auto",
+         help="of autocast, float64 of weights, too (default: auto, bfloat16 where the machine has "
+         "it, float16 on older GPUs, else float32)")
+    flag("--compile", action=argparse.BooleanOptionalAction, default=cuda,
+         help="torch.compile (default: on a GPU)")
+    flag("--recompute", action="store_true", help="blocks again in the backward pass: less memory")
+    flag("--seed", type=int, default=0, help="of photos, crops, flips and heads (default: 0)")
+    flag("--out", default=out, help=f"folder to write (default: {out})")
+    flag("--every", type=int, help="steps between held-out scores (default: ten times a run)")
+    flag("--save-every", type=float, default=120, help="seconds between states (default: 120)")
+    own = parser.parse_known_args(argv)[0].data
+    parser.set_defaults(**(defaults if own else demo))
+    args = parser.parse_args(argv)
+    if sizes and isinstance(args.size, int):
+        args.size = [args.size]
+    if not own and demo != defaults:
+        print("demo:", *(f"--{key.replace('_', '-')} {getattr(args, key)}" for key in demo))
+    args.every = max(1, args.steps // 10) if args.every is None else args.every
+    for key, least in dict(steps=0, workers=0, save_every=0, batch_size=1, every=1).items():
+        if not getattr(args, key) >= least:
+            key, found = key.replace("_", "-"), getattr(args, key)
+            raise InputError(f"--{key} {found}: expected {least} or more")
+    if args.lr is not None and not 0 < args.lr < math.inf:
+        raise InputError(f"--lr {args.lr}: expected a number above 0")
+    if args.batch_size % WORLD:
+        raise InputError(f"--batch-size {args.batch_size}: expected a multiple of {WORLD}, the "
+                         "number of processes")
+    return args
+
+
+def device_and_dtype(args):
+    """-> (CUDA where there is one, dtype of autocast); joins torchrun's processes, if there are.
+
+    "auto" in args.dtype becomes what it is here: a run goes on in its own precision. args.compile
+    becomes False, and a line says why, where torch.compile cannot work.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if WORLD > 1 and not dist.is_initialized():
+        if device == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group(timeout=timedelta(hours=12))    # rank 0 may download for long
+    torch.backends.cudnn.allow_tf32 = False             # else convolutions in float32 are not
+    if args.dtype == "auto":
+        native = (torch.cuda.is_bf16_supported(including_emulation=False) if device == "cuda" else
+                  getattr(torch.cpu, "_is_avx512_bf16_supported", bool)())  # no public name yet
+        args.dtype = "bfloat16" if native else {"cuda": "float16", "cpu": "float32"}[device]
+    if args.compile:
+        try:
+            torch.compile(torch.sin)(torch.ones(8, device=device))
+        except Exception as error:                      # no C++ compiler, no Triton
+            args.compile = False
+            print(f"--no-compile, since torch.compile does not work here: {one_line(error)}")
+    return device, getattr(torch, args.dtype)
+
+
+def graphed(function, example):
+    """function(example) recorded as one CUDA graph -> call(x), for x of the example's shape.
+
+    One launch replays all kernels, where a ViT at batch 1 otherwise waits for Python. Each call
+    overwrites the output of the one before. The weights must stay where they are in memory.
+    """
+    example, stream = example.clone(), torch.cuda.Stream()      # the graph reads its input here
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.no_grad(), torch.cuda.stream(stream):
+        for _ in range(3):                              # compile, choose algorithms, fill caches
+            function(example)
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.no_grad(), torch.cuda.graph(graph):
+        out = function(example)
+
+    def replay(x):
+        example.copy_(x)
+        graph.replay()
+        return out
+
+    return replay
+
+
+@contextmanager
+def rank_0_first():
+    """Other processes of torchrun wait until rank 0 is through, and find its download on disk."""
+    if dist.is_initialized() and RANK > 0:
+        dist.barrier()
+    yield
+    if dist.is_initialized() and RANK == 0:
+        dist.barrier()
+
+
+def mean_over_processes(tensor):
+    """-> the mean of what torchrun's processes have, a new tensor without gradient."""
+    tensor = tensor.detach().clone()
+    if WORLD > 1:
+        dist.all_reduce(tensor)
+        tensor /= WORLD
+    return tensor
+
+
+def average_gradients(parameters):
+    """Put the mean over torchrun's processes in the place of each gradient, 25 MB at a time."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    for part in _take_tensors(gradients, 25_000_000) if WORLD > 1 else ():
+        mean = mean_over_processes(_flatten_dense_tensors(part))
+        torch._foreach_copy_(part, _unflatten_dense_tensors(mean, part))
+
+
+# ---- Training
+
+def autocast(device, dtype):
+    """torch.autocast for half precision; in float32 and float64 everything stays as it is.
+    What is compiled enters it inside, since its backward runs under the autocast of its call."""
+    return torch.autocast(device, dtype, enabled=dtype in (torch.bfloat16, torch.float16))
+
+
+def widen(tensor):
+    """To float32, in which losses are summed; float64 stays."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def warmup_cosine(optimizer, steps, ramp=40):
+    """Each group's rate, times a ramp of 40 steps (a tenth of a long run) and half a cosine down to
+    0. So a run of 40 steps never reaches the full rate, which would do harm there."""
+    ramp = max(ramp, steps / 10)
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, (step + 1) / ramp)
+                                             * (1 + math.cos(math.pi * step / max(1, steps))) / 2)
+
+
+class Progress:
+    """A run on its way: log.jsonl, a line that tells of it, and OUT/state.pt.
+
+    saved: what open_out found. kept: what else the end of the run needs: numbers, text, tensors.
+    parts: what an update changes, each with a state_dict. `seconds` are those of loading and
+    updates, `images` those of all processes.
+
+        for step, batch in progress.steps(loader):
+            ...                                         # an error in the update saves nothing
+            progress.done(loss, lr=rate)                # from here on, whatever happens saves
+    """
+    now, signal = None, 0                               # the one in its loop; the number received
+
+    def __init__(self, args, out, saved, kept, **parts):
+        self.args, self.out, self.kept, self.parts = args, out, kept, parts
+        self.step, self.seconds, self.images, self.updating, self.row = 0, 0.0, 0, 0, {}
+        self.file = io.BytesIO() if RANK else open(out / "log.jsonl", "ab")
+        if saved:
+            try:
+                for name, part in parts.items():
+                    part.load_state_dict(saved["parts"][name])
+                self.step, self.seconds, self.images = saved["progress"]
+            except (RuntimeError, ValueError, KeyError) as error:
+                raise InputError(f"{out / 'state.pt'} does not fit the code, which has changed: "
+                                 f"remove it to begin anew ({one_line(error)})") from None
+            self.file.truncate(min(saved["logged"], self.file.tell()))  # later lines: done again
+        self.saved = self.step
+        if WORLD > 1:                                   # all processes begin as rank 0 does
+            for module in filter(lambda part: isinstance(part, nn.Module), parts.values()):
+                for tensor in module.state_dict().values():
+                    dist.broadcast(tensor, 0)
+
+    def steps(self, batches):
+        """-> (step, batch), from the first that is not done. Saves between two updates: when due,
+        at the end, and when a signal or an error in loading, in any process, ends the run."""
+        Progress.now, batches, error, stop = self, iter(batches), None, 0
+        self.told, due = (time.perf_counter(), self.step, self.images), time.perf_counter()
+        with suppress(AttributeError, ValueError):      # torch's handler would raise in an update
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)   # when a worker dies; so next() does
+        while self.step < self.args.steps:
+            self.start = time.perf_counter()
+            try:
+                batch = None if Progress.signal else next(batches)
+            except Exception as raised:
+                error = raised
+            stop = Progress.signal or (signal.NSIG if error else 0)
+            if WORLD > 1:                               # all end after the same step
+                stop = torch.tensor(stop)
+                dist.all_reduce(stop, dist.ReduceOp.MAX)
+            if stop:
+                break
+            if self.start > due + self.args.save_every:
+                self.save()
+                self.start = due = time.perf_counter()
+            groups = [batch] if isinstance(batch, torch.Tensor) else [images for images, _ in batch]
+            self.images += WORLD * sum(map(len, groups))
+            self.updating = self.step + 1
+            yield self.updating, batch
+            self.write()
+        self.save()                                     # scoring, which follows, may be stopped
+        if WORLD > 1:
+            dist.barrier()                              # none ends before the state is written
+        Progress.now = None
+        if error or stop or Progress.signal:
+            raise error or Stopped(Progress.signal or int(stop) % signal.NSIG)
+
+    def done(self, loss, **row):
+        """The update is complete: a line in the log, with the mean of the processes' losses."""
+        loss = mean_over_processes(torch.tensor(loss, dtype=torch.float64)).item()
+        if not math.isfinite(loss):
+            raise InputError(f"the loss is {loss} at step {self.updating}: try a lower --lr than "
+                             f"{self.args.lr}")
+        self.seconds += time.perf_counter() - self.start
+        self.step += 1
+        self.row = dict(step=self.step, loss=loss, **row, seconds=round(self.seconds, 2))
+        self.updating = 0
+        self.tell(loss, row.get("lr", 0))
+
+    def log(self, **row):
+        """More for this step's line in the log, such as a held-out score."""
+        self.row |= row
+
+    def write(self):
+        if self.row:
+            self.file.write(json.dumps(self.row).encode() + b"\n")
+            self.file.flush()                           # for `tail -f`
+        self.row = {}
+
+    def tell(self, loss, rate):
+        """Say how far it is, every 30 seconds; on a terminal more often, in one line."""
+        now, (then, step, images), steps = time.perf_counter(), self.told, self.args.steps
+        terminal, last = sys.stderr.isatty(), self.step == steps
+        if RANK == 0 and (last or now > then + (0.5 if terminal else LINE_EVERY)):
+            left = tqdm.format_interval((steps - self.step) * (now - then) / (self.step - step))
+            print(f"step {self.step}/{steps}  loss {loss:.4f}  lr {rate:.1e}  "
+                  f"{(self.images - images) / (now - then):.0f} images/s  {left} left",
+                  end="   \r" if terminal and not last else "\n", file=sys.stderr, flush=True)
+            self.told = now, self.step, self.images
+
+    def save(self):
+        self.write()
+        if self.step > self.saved:
+            state = dict(step=self.step, progress=(self.step, self.seconds, self.images),
+                         parts={name: part.state_dict() for name, part in self.parts.items()},
+                         kept=self.kept, logged=self.file.seek(0, os.SEEK_END))
+            write_whole(self.out / "state.pt", partial(torch.save, state))
+            self.saved = self.step
+        if self.saved:
+            Stopped.left = (f"the same command goes on from step {self.saved}, "
+                            f"{self.out / 'state.pt'}")
+
+    def summary(self):
+        """What the run took: time of a step, images a second, peak memory."""
+        memory = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else (
+            resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1000 if resource else 0)
+        speed = self.images / max(1e-9, self.seconds)
+        return (f"{self.seconds / max(1, self.step):.3f} s a step, {speed:.0f} images/s, "
+                f"peak memory {memory / 1e9:.1f} GB")
+
+    def finish(self):
+        """The run is over and its files are written: no state is needed."""
+        Stopped.left = ""
+        if RANK == 0:
+            (self.out / "state.pt").unlink(missing_ok=True)
+
+
+# ---- The end, whatever brings it
+
+class Screen(io.FileIO):
+    """stdout or stderr that cannot end a run: what a closed or broken one should show is lost."""
+
+    def write(self, data):
+        try:
+            return super().write(data)
+        except OSError:
+            return len(data)
+
+
+def show(draw, *args, **more):
+    """Call what draws a picture: its failure is said in a line, and never ends a run."""
+    try:
+        draw(*args, **more)
+    except Exception as error:
+        print(f"no picture: {one_line(error)}", file=sys.stderr)
+
+
+def on_signal(number, _):
+    """An update is finished first, and its state saved. A second signal ends at once."""
+    signal.signal(number, signal.SIG_IGN if WORLD > 1 else signal.SIG_DFL)     # torchrun's is late
+    if Progress.now is None:
+        raise Stopped(number)
+    Progress.signal = number
+
+
+def leave_signals(_):
+    """A loader's worker: Ctrl-C reaches it too, but it ends when the main process says so."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def explain(error):
+    """Save what is complete when `error` ends main(); -> the line that says so."""
+    progress, text = Progress.now, one_line(error)
+    if progress and not progress.updating:
+        with suppress(Exception):                       # a full disk: the state before stays
+            progress.save()
+    left = f" ({Stopped.left})" if Stopped.left else ""
+    if isinstance(error, InputError):
+        return str(error) + left
+    if isinstance(error, Stopped):
+        by = signal.Signals(error.args[0]).name if error.args[0] else "another process"
+        return f"stopped by {by}: {Stopped.left}".removesuffix(": ")
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in text:
+        text = "out of memory: try a lower --batch-size or --size, or --recompute"
+    elif WORLD > 1 and ("gloo" in text or isinstance(error, dist.DistError)):
+        text = "another process ended"
+    elif isinstance(error, (ConnectionError, EOFError)) or "DataLoader worker" in str(error):
+        text = f"a worker that loads photos failed: try fewer --workers, or 0 ({text})"
+    elif not isinstance(error, OSError):
+        traceback.print_exception(type(error), error, error.__traceback__)
+    where = f"in step {progress.updating}: " if progress and progress.updating else ""
+    return where + text + left
+
+
+def run(main):
+    """A script's main(), with what a user can mend as one line on stderr instead of a traceback."""
+    with suppress(AttributeError, OSError, ValueError):     # no limit on Windows, others may refuse
+        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]    # workers send tensors as open files
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    null = 0
+    while null < 3:                                     # no file of ours is a closed stdout's
+        null = os.open(os.devnull, os.O_RDWR)
+    sys.stdout, sys.stderr = (io.TextIOWrapper(
+        io.BufferedWriter(Screen(target, "w", closefd=False)), getattr(stream, "encoding", None),
+        "backslashreplace", line_buffering=True)
+        for target, stream in ((null if RANK else 1, sys.stdout), (2, sys.stderr)))
+    for number in (signal.SIGINT, signal.SIGTERM):      # a parent process may have them ignored
+        signal.signal(number, on_signal)
+    with suppress(AttributeError):                      # a closed terminal's; nohup ignores it
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+            signal.signal(signal.SIGHUP, on_signal)
+    code = 0
+    try:
+        main()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    except SystemExit as end:                           # argparse's
+        code = end.code
+    except BaseException as error:
+        text = f"{Path(sys.argv[0]).name}: {explain(error)}"
+        code = 128 + error.args[0] if isinstance(error, Stopped) and error.args[0] else 1
+        if RANK == 0 or not isinstance(error, Stopped):
+            print(text, file=sys.stderr)
+        if "TORCHELASTIC_ERROR_FILE" in os.environ:     # what torchrun says at its end
+            Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(
+                json.dumps(dict(message=text, timestamp=int(time.time()))))
+        if WORLD > 1:
+            os._exit(code)                              # waits for no other process
+    sys.exit(code)
