@@ -1,20 +1,25 @@
 #!/usr/bin/env bash
-# What the README says of a GPU, the most important first: OUT=folder bash results/gpu.sh [STEP...]
-# On a CPU, to rehearse: SMOKE=--smoke. A step that takes too long is ended; its rows are kept.
+# What README says of a GPU, the most important first, in about nine minutes:
+#   OUT=folder bash results/gpu.sh
+# Every row is written at once. A step that takes too long is ended, and what it measured is kept.
 cd "$(dirname "$0")/.." || exit 1
-OUT=${OUT:-gpu-results} SMOKE=${SMOKE:-}
+OUT=${OUT:-gpu-results}
 mkdir -p "$OUT"
-for step in ${*:-check models tests train tune}; do
-    echo "== $step, after $SECONDS s"
-    case $step in
-    check) timeout 60 python results/gpu.py check --out "$OUT" --minutes 0.7 $SMOKE ;;
-    models) timeout 130 python results/gpu.py models --out "$OUT" --minutes 1.7 $SMOKE ;;
-    tune) timeout 50 python results/gpu.py tune --out "$OUT" --minutes 0.6 $SMOKE ;;
-    train) timeout 120 python results/gpu.py train --out "$OUT" --minutes 1.5 $SMOKE ;;
-    tests)
-        ADALA_GPU=1 timeout 120 python -m pytest -q --durations=8 tests/test_cuda.py \
-            > "$OUT/test_cuda.txt" 2>&1
-        tail -40 "$OUT/test_cuda.txt" ;;
-    esac
-done
-echo "== done, after $SECONDS s"
+ADALA_GPU=1 timeout 150 python -m pytest -q tests/test_cuda.py > "$OUT/test_cuda.txt" 2>&1
+tail -3 "$OUT/test_cuda.txt"
+bench="python bench.py model --quick --dtype bfloat16 --operators softmax linear linear_conv"
+timeout 150 $bench --models vitl14 --batch-size 1 --points 518 1022 252 2044 --out "$OUT"
+timeout 100 $bench --models vits14 --batch-size 16 --points 448 672 224 1022 --out "$OUT"
+# Seconds of a step in stages 1 and 2 with random weights: plain and fused, eager and compiled.
+python -c "import model; model.save_vit(model.ViT(model.KNOWN['vit_small_patch14_dinov2.lvd142m']), \
+    '$OUT/random.safetensors')"
+for kernel in fused plain; do
+    for mode in --no-compile --compile; do
+        for stage in align_attention align_features; do
+            echo "$stage $kernel $mode"
+            ADALA_KERNEL=$kernel timeout 60 python $stage.py --teacher "$OUT/random.safetensors" \
+                --attention linear --data "${PHOTOS:-demo}" --size 224 --steps 30 $mode \
+                --out "$OUT/$stage-$kernel$mode" | grep "a step"
+        done
+    done
+done | tee "$OUT/steps.txt"
