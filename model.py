@@ -49,11 +49,6 @@ def softmax_reference(q, k, v):
     return scores.softmax(-1) @ v                       # (B,H,N,N) @ (B,H,N,D) -> (B,H,N,D)
 
 
-def softmax_attention(q, k, v):
-    """The same with PyTorch's fused kernel: O(N^2) time, O(N) memory."""
-    return F.scaled_dot_product_attention(q, k, v)
-
-
 def elu_plus_one(x):
     """phi(x) = 1 + ELU(x) (Katharopoulos et al. 2020): exp(x) below 0, 1 + x above. The clamp keeps
     it above 0 in every dtype, where 1 + F.elu(x) would be 0 in bfloat16 below -6."""
@@ -146,7 +141,7 @@ class Hedgehog(Operator):
 
 
 ATTENTION = {                                           # name -> Operator, given an Architecture
-    "softmax": partial(Operator, function=softmax_attention),
+    "softmax": partial(Operator, function=F.scaled_dot_product_attention),  # fused, O(N) memory
     "softmax_reference": partial(Operator, function=softmax_reference),
     "linear": partial(Operator, function=linear_attention, bias_shift=-4.0),
     "linear_conv": LinearConv,
@@ -318,8 +313,8 @@ class ViT(nn.Module):
     def positions(self, grid):
         """The position table for a grid: CLS's row (1, 0 or 1, C) and the patches' (1, P, C).
 
-        Rows are resized, then columns, all else being the other axis of an image. A GPU takes
-        milliseconds for both at once, because one thread loops over all channels.
+        Rows are resized, then columns, each time as an image whose other axis holds the rest. A GPU
+        takes milliseconds for both at once, because one thread loops over all channels.
         """
         arch, dtype = self.arch, self.pos_embed.dtype
         cls, table = self.pos_embed.tensor_split([int(arch.cls_position)], dim=1)
@@ -433,7 +428,6 @@ def download(name):
         path.unlink(missing_ok=True)
         raise InputError(f"{name} could not be downloaded from {url} ({one_line(error)}): get that "
                          f"file by other means and put it at {path}") from None
-    print(f"{name}: downloaded to {path}")
     return path
 
 
@@ -458,14 +452,15 @@ def read_weights(path):
         with open(path, "rb") as file:
             start = file.read(200)
         if start.startswith(b"version https://git-lfs"):
-            raise ValueError("it is a Git LFS pointer, `git lfs pull` fetches the weights")
-        if start.lstrip().startswith(b"<"):
-            raise ValueError("it is a web page, so its address was not that of the file itself")
+            raise ValueError("it is a Git LFS pointer: `git lfs pull` fetches the weights")
         if start[8:9] == b"{":                          # safetensors: 8 bytes of length, then JSON
             with safe_open(path, "pt") as file:
                 header = json.loads((file.metadata() or {}).get("adala", "{}"))
                 return {name: file.get_tensor(name) for name in file.keys()}, header
-        tree = torch.load(path, map_location="cpu", weights_only=True)
+        if start.lstrip().startswith(b"<"):
+            raise ValueError("it is a web page, not the file that it may link to")
+        with open(path, "rb") as file:                  # of a path torch.load reads the suffix
+            tree = torch.load(file, map_location="cpu", weights_only=True)
         tensors = {}                                    # {"model": {"a": 1}} -> {"model/a": 1}
         for key, value in tree.items():
             inner = value.items() if isinstance(value, dict) else ()
@@ -523,16 +518,16 @@ def load_vit(spec):
             patches = tensors["pos_embed"].shape[1] - arch.cls_position
             side = math.isqrt(patches)
             if side ** 2 == patches != math.prod(arch.grid):
-                print(f"{path}: its position table is {side} x {side}, of {name} it is {arch.grid}")
+                print(f"{path}: its position table is {side} x {side}, {name}'s is {arch.grid}")
                 arch = replace(arch, grid=(side, side))
         model = ViT(arch, header.pop("attention", "softmax"))
-        names = model.load_state_dict(tensors, strict=False)            # raises if shapes differ
-        if names.missing_keys or names.unexpected_keys:
-            raise InputError("missing: {}; unexpected: {}".format(
-                *(f"{len(part)} tensors, {min(part, default='none')}" for part in names)))
-        if bad := [key for key, tensor in tensors.items()
-                   if not tensor.is_floating_point() or not tensor.isfinite().all()]:
-            raise InputError(f"expected floating-point tensors without NaN, not {bad[:3]}")
+        missing, more = model.load_state_dict(tensors, strict=False)    # raises if shapes differ
+        if missing or more:
+            raise InputError(f"{len(missing)} missing tensors, such as {missing[:1]}, and "
+                             f"{len(more)} unexpected ones, such as {more[:1]}")
+        for key, tensor in tensors.items():
+            if not tensor.is_floating_point() or not tensor.isfinite().all():
+                raise InputError(f"expected a floating-point tensor without NaN, not {key}")
     except Exception as error:                          # names, shapes or kinds differ
         raise InputError(f"{path} does not fit {name or 'its header'}: {one_line(error)}") from None
     if name:
@@ -544,12 +539,11 @@ def load_vit(spec):
 
 def linearize(model, attention="linear"):
     """A student: every weight copied, the operator swapped. A new operator starts fresh."""
-    student = ViT(model.arch, attention)
-    same = attention == model.attention
+    student = ViT(model.arch, attention).to(model.norm.weight)          # device and dtype
     copied = {name: tensor for name, tensor in model.state_dict().items()
-              if same or ".operator." not in name}
+              if attention == model.attention or ".operator." not in name}
     student.load_state_dict(student.state_dict() | copied)
-    return student.to(next(model.parameters()).device).train(model.training)
+    return student.train(model.training)
 
 
 def load_pair(teacher, student=None, attention=None):

@@ -59,3 +59,69 @@ def demo():
     return table(["row", f"top-1, mean (range) of {len(scores[0])} seeds"],
                  [[name, f"{mean(x):.1f} ({min(x):.1f} to {max(x):.1f})"]
                   for name, x in zip(names, scores)])
+
+
+ROWS = {"teacher": "teacher", "no alignment": "no alignment", "linear-1": "linear, stage 1",
+        "linear-2": "linear, stage 2 alone", "linear-12": "linear, stages 1 + 2",
+        "linear_conv-1": "linear_conv, stage 1", "linear_conv-2": "linear_conv, stage 2 alone",
+        "linear_conv-12": "linear_conv, stages 1 + 2",
+        "linear_conv-12-of-500": "the same, from 500 photos"}
+SCORES = {"top-1 224": "top-1, 224 px", "mIoU 224, linear head": "mIoU, 224 px",
+          "mIoU 224, mask head": "mask head", "mIoU 448, linear head": "mIoU, 448 px",
+          "mIoU 448, linear head of 224": "448 px, head of 224",
+          "mIoU 672, linear head of 448": "672 px, head of 448"}
+
+
+def retention(rows=ROWS, scores=SCORES, agreement=True):
+    """Scores of frozen backbones; in brackets percent of the teacher's."""
+    found = {(line["row"], line["column"]): float(line["mean"]) for line in read("study-h200.csv")}
+
+    def score(row, column):
+        value, best = found.get((row, column)), found[("teacher", column)]
+        if value is None:
+            return "-"
+        return f"{value:.1f}" + (f" ({100 * value / best:.1f}%)" if row != "teacher" else "")
+
+    cosines = ["cls_cosine", "patch_cosine"] if agreement else []
+    return table(["frozen backbone", *(name.replace("_", " ") for name in cosines),
+                  *scores.values()],
+                 [[rows[row], *(f"{found[row, c]:.3f}" if (row, c) in found else "-"
+                                for c in cosines), *(score(row, c) for c in scores)]
+                  for row in rows])
+
+
+def retention_short():
+    rows = "teacher", "no alignment", "linear-12", "linear_conv-12"
+    scores = "top-1 224", "mIoU 224, linear head", "mIoU 448, linear head"
+    return retention({row: ROWS[row] for row in rows}, {c: SCORES[c] for c in scores}, False)
+
+
+def efficiency(device="cpu"):
+    """Images/s of ViT-S/14 at batch 1, and times fused softmax in the same run."""
+    lines = []
+    for dtype in ("float32", "bfloat16"):
+        rows = [row for row in read(f"bench-{device}-model-{dtype}-eager.csv")
+                if row["name"] in ("softmax", "linear", "linear_conv") and row["images_per_s"]]
+        pixels = list(dict.fromkeys(row["pixels"] for row in rows))
+        for name in dict.fromkeys(row["name"] for row in rows):
+            cells = {row["pixels"]: f"{float(row['images_per_s']):.2f} ({1 / float(row['ratio']):.2f}x)"
+                     for row in rows if row["name"] == name}
+            lines.append([f"{name}, {dtype}", *(cells[p] for p in pixels)])
+    return table(["ViT-S/14, batch 1", *(f"{p} px" for p in pixels)], lines)
+
+
+def recipe():
+    """Short and long chains at 112 pixels, old recipe and new, see results/README.md."""
+    lines = read("recipe-cpu.csv")
+    return table(list(lines[0]), [list(line.values()) for line in lines])
+
+
+PAGES = {"README.md": [demo, retention_short, efficiency],
+         "results/README.md": [retention, efficiency, recipe]}
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["collect"]:
+        collect(*sys.argv[2:])
+    else:
+        for makers in PAGES.values():
+            print(*(make() for make in makers), sep="\n\n", end="\n\n")

@@ -145,8 +145,8 @@ def test_official_dinov2_with_registers_adds_clss_position(tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize("change, words", [
-    ({BIAS: None}, ("missing: 1 ", BIAS)), ({"blocks.1.x": ONE}, ("unexpected: 1 ", "blocks.1.x")),
-    ({BIAS: None, "blocks.1.x": ONE}, ("missing: 1 ", BIAS, "unexpected: 1 ", "blocks.1.x")),
+    ({BIAS: None}, ("1 missing", BIAS)), ({"blocks.1.x": ONE}, ("1 unexpected", "blocks.1.x")),
+    ({BIAS: None, "blocks.1.x": ONE}, ("1 missing", BIAS, "1 unexpected", "blocks.1.x")),
     ({BIAS: torch.ones(64)}, (BIAS, "[64]", "[192]")),
     ({BIAS: torch.ones(192, dtype=torch.int64)}, ("floating", BIAS)),
     ({BIAS: torch.full((192,), torch.nan)}, ("NaN", BIAS))])
