@@ -1,8 +1,8 @@
 """Stage 1 of ViT-AdaLA, attention alignment: each block learns to output what softmax does.
 
 The frozen softmax teacher carries the residual stream. In every block the student's attention sees
-exactly the teacher's normalised input. Its query, key, value and output weights, and its operator's
-own parameters, are tuned until its output matches the teacher's. No labels are used.
+the teacher's input. Its query, key, value and output weights, and its operator's own parameters,
+are tuned until its output matches the teacher's. No labels are used.
 
     python align_attention.py                                   # the demo, a minute on a CPU
     python align_attention.py --teacher vit_small_patch14_dinov2 --data photos/ --size 224
@@ -57,9 +57,8 @@ def parse(argv):
 def weighted_square(x, patches):
     """Sum of squares of x (B, N, C), of which the last `patches` tokens are the patches.
 
-    Prefix tokens together weigh a tenth of the patches. CLS alone is one token of hundreds, and
-    half of what heads read. The paper says nothing of it. Here CLS cosine after 80 steps is 0.878
-    with this weight, and 0.843 without.
+    Prefix tokens together weigh a tenth of the patches: CLS is one token of hundreds, and half of
+    what heads read. Paper: not said. Here: CLS cosine after 80 steps is 0.878, not 0.843.
     """
     prefix, x = x.square().tensor_split([x.shape[1] - patches], dim=1)
     return x.sum() + PREFIX_WEIGHT * x.numel() / max(1, prefix.numel()) * prefix.sum()
@@ -70,9 +69,8 @@ def block_alignment(teacher, student, x, grid, dtype=torch.float32):
 
     teacher, student: Block. x (B, N, C): the teacher's residual stream. -> (x after the teacher's
     block, error, scale): the squared error after the output projection, and that of uniform
-    attention, whose output is the mean of V. Their ratio is the loss: 0 equals softmax, 1 is no
-    better than to ignore the query. Paper: "squared error". Here: the ratio, so that all blocks
-    weigh alike.
+    attention, whose output is the mean of V. Their ratio is the loss: 0 equals softmax, 1 ignores
+    the query. Paper: "squared error". Here: the ratio, so that all blocks weigh alike.
     """
     with autocast(x.device.type, dtype):
         with torch.no_grad():
@@ -106,12 +104,11 @@ def trained_parameters(student, groups):
 def exponential_start(student):
     """Lower query and key biases, once, by what the operator says: 1 + ELU(x) is exp(x) below 0.
 
-    Softmax weights are products of exponentials. The common factor cancels in the normaliser, and
-    phi's linear part still bounds outliers. The paper does not mention a scale of phi. Here the
-    held-out error after 60 steps is 0.516 instead of 0.586. DINOv3 has no such biases.
+    Softmax weights are products of exponentials. The common factor cancels in the normaliser.
+    Paper: no word of phi's scale. Here: the held-out error after 60 steps is 0.516, not 0.586.
     """
     for block in student.blocks:
-        if block.attn.qkv.bias is not None:
+        if block.attn.qkv.bias is not None:             # DINOv3 has none
             for part in block.attn.qkv.bias.chunk(3)[:2]:               # q, k, not v
                 part += block.attn.operator.bias_shift
 
@@ -139,8 +136,8 @@ def attention_maps(teacher, vits, images, queries):
     """Where each of `vits` looks from patches `queries`, in a late block, on the teacher's stream.
 
     -> (vits, queries, B, P), mean over heads. No map is ever formed: the weights of a query are the
-    gradient of its output with respect to V, so this is O(N) and holds for every operator. A
-    convolution's weights may be negative, so the map shows how much a patch counts, not its sign.
+    gradient of its output with respect to V, so this is O(N) and holds for every operator. Absolute
+    values show how much a patch counts, because a convolution's weights may be negative.
     """
     maps, late = [], teacher.arch.depth * 3 // 4
     with torch.no_grad():
@@ -250,8 +247,8 @@ def main(argv=None):
     before, after = (sum(part) / len(part) for part in (before, after))
     print(f" mean  {before:6.3f}  {after:5.3f}\n{progress.summary()}")
     if after >= min(before, 1):
-        print("Stage 1 did not help: the mean error is not below "
-              f"{'1' if before > 1 else 'what it was'}. Train for more --steps, or lower --lr.")
+        print("Stage 1 did not help: its mean error is not below 1 and below what it was. Train "
+              "for more --steps, or lower --lr.")
     maps = torch.cat([kept["maps"].to(device), attention_maps(teacher, [student], pair, queries)])
     show(draw_attention, maps, pair, queries, grid, out / "attention.png")
     progress.finish()

@@ -1,8 +1,7 @@
 """Stage 2 of ViT-AdaLA, feature alignment: the whole student learns its teacher's final features.
 
-After stage 1 each block imitates softmax attention on the teacher's input, but errors add up over
-the depth. Here the student runs on its own, every weight is tuned, and only the final tokens (CLS,
-registers, patches) are supervised.
+After stage 1 each block imitates softmax attention on the teacher's input, but errors add up. Here
+the student runs on its own, every weight is tuned, and only the final tokens are supervised.
 
     python align_features.py                                    # the demo, a minute on a CPU
     python align_features.py --teacher vit_small_patch14_dinov2 --data photos/ --size 224 \\
@@ -76,27 +75,25 @@ def moments(sums):
 
 
 @torch.no_grad()
-def whitening(teacher, draws, size, most, batch_size, device, dtype):
+def whitening(teacher, draws, size, most, device, dtype):
     """Look at the teacher's final tokens on the first `most` draws. -> dict(whiten (C, C), the
     -1/2th power of their covariance plus a ridge; ridge, in mean eigenvalues; mean (prefix + 1, C),
     the mean of each prefix token, then of the patches).
 
-    A covariance of few photos overrates the directions in which they happen not to vary. So every
-    fourth photo is kept apart. The ridge is the smallest of RIDGES for which the mean square of the
-    kept photos' whitened tokens is within 5 % of the others'. whiten is scaled so that this mean
-    square is 1 over all photos: a loss of 1 is no better than a constant.
+    A covariance of few photos overrates the directions in which they happen not to vary. So a
+    fourth of them is kept apart, and the ridge is the smallest of RIDGES for which the mean square
+    of the kept photos' whitened tokens is within 5 % of the others'. whiten is scaled so that this
+    mean square is 1 over all photos: a loss of 1 is no better than a constant.
     """
     sums, means = torch.zeros(2, *[teacher.arch.width + 1] * 2, device=device).double(), []
     order = [(i, size) for i in range(min(most, len(draws)))]
-    for photos in bar(DataLoader(draws, batch_size, sampler=order), "whitening"):
+    for i, photos in enumerate(bar(DataLoader(draws, 8, sampler=order), "whitening")):
         with autocast(device, dtype):
             tokens = widen(teacher(teacher.normalize(photos.to(device)))).double()      # (B,N,C)
         prefix, patches = tokens.tensor_split([teacher.arch.prefix], dim=1)
         means += torch.cat([prefix, patches.mean(1, keepdim=True)], dim=1)
-        kept = torch.arange(len(means) - len(tokens), len(means)) % 4 == 3
-        for part, total in zip((tokens[~kept], tokens[kept]), sums):
-            x = F.pad(part.flatten(0, 1), (0, 1), value=1)
-            total += x.T @ x
+        x = F.pad(tokens.flatten(0, 1), (0, 1), value=1)
+        sums[int(i % 4 == 3)] += x.T @ x
     (mean, covariance), (other_mean, other) = map(moments, sums)
     values, axes = torch.linalg.eigh(covariance)
     other = other + (other_mean - mean).outer(other_mean - mean)        # around the same mean
@@ -147,8 +144,7 @@ def compare(teacher, student, batches, whiten, device, dtype):
 
 
 def report(before, after, constant):
-    """Print the measures side by side, and one sentence where the student ends worse than it began
-    (cosines) or no better than a constant (errors)."""
+    """Print the measures side by side. Say where a cosine fell, or an error is a constant's."""
     print(f"\nheld-out final tokens, student against teacher\n{'':16s}before  after  constant")
     worse = []
     for key in (key for key in after if after[key] is not None):
@@ -190,8 +186,8 @@ def main(argv=None):
         teacher.grid_of(size, size)                     # a multiple of the patch, or an InputError
     source, held_out = unlabelled(args.data) if args.data else (Shapes("train"), Shapes("val"))
     read = [weights_file(spec)[0] for spec in (args.teacher, args.student) if spec]
-    out = saved = None
-    if args.steps:                                      # else it only measures
+    out = saved = None                                  # without steps it only measures
+    if args.steps:
         out, saved = open_out(args, [*read, *(args.data or [])], names(source), names(held_out))
     wide = torch.promote_types(dtype, torch.float32)    # of weights; autocast's is dtype
     teacher, student = teacher.to(device, wide).requires_grad_(False), student.to(device, wide)
@@ -207,8 +203,8 @@ def main(argv=None):
     train, held_out = loaders(args, source, held_out, saved["step"] if saved else 0)
     few = [next(iter(held_out))]            # one held-out batch, for the log
     most = min(1024, args.steps * args.batch_size or 1024)
-    kept = saved["kept"] if saved else whitening(
-        teacher, train.dataset, args.size[0], most, held_out.batch_size, device, dtype)
+    kept = saved["kept"] if saved else whitening(teacher, train.dataset, args.size[0], most, device,
+                                                 dtype)
     whiten, mean = kept["whiten"].to(device), kept["mean"].to(device)
     measure = partial(compare, teacher, whiten=whiten, device=device, dtype=dtype)
 

@@ -7,9 +7,8 @@
 
 --weights takes one file or several, and treats each in the same way. FILE:linear is FILE with its
 attention swapped and nothing aligned. The head first learns on the frozen backbone's features, then
-all weights are tuned (linear probing before fine-tuning, Kumar et al. 2022). --freeze stops after
-the head. --from-scratch keeps nothing of a file but architecture and operator, the paper's other
-paradigm. A checkpoint of this script brings its head; --steps 0 scores it as it is.
+all weights are tuned (Kumar et al. 2022). --freeze stops after the head. --from-scratch keeps of a
+file its architecture and operator alone. --steps 0 scores a checkpoint of this script as it is.
 
 Classify: train/CLASS/ and val/CLASS/, the middle square of a photo. Segment: a folder that one of
 LAYOUTS fits, an id a pixel in masks, classes.txt with names of id 0, 1, ... a line each. Photos
@@ -121,11 +120,10 @@ class LinearHead(nn.Module):
 class MaskHead(nn.Module):
     """Segmenter's decoder (arXiv 2105.05633): (B, rows, columns, C) -> (B, K, rows, columns).
 
-    A token per class joins the patches in two blocks with the backbone's own operator, so it is
-    O(N) if the backbone is. The class tokens stand before the patches, as a ViT's prefix does.
-    Segmenter has a linear layer before the blocks, and masks alone. Here that layer starts by
-    whitening, and a linear layer on its output adds to the masks, because a few hundred photos and
-    steps do not teach both.
+    A token per class joins the patches, as a ViT's prefix, in two blocks with the backbone's own
+    operator: O(N) if the backbone is. Segmenter: a linear layer before the blocks, and masks alone.
+    Here: that layer starts by whitening, and a linear layer on its output adds to the masks,
+    because a few hundred photos and steps do not teach both.
     """
 
     def __init__(self, arch, classes, attention):
