@@ -47,7 +47,8 @@ PREDICT = dict(steps=0, batch_size=1)
 ABLATION = ["demo/teacher.safetensors", "demo/teacher.safetensors:linear",
             "runs/attention/student.safetensors", "runs/features/student.safetensors"]
 RATE, SCRATCH_RATE = 3e-5, 1e-4             # peaks: of a tuned backbone; of one from random weights
-HEAD_RATES = {"classify": 1e-3, "linear": 3e-2, "mask": 1e-3}       # on frozen features, by head
+HEAD_RATES = {"classify": 1e-2, "linear": 3e-2, "mask": 1e-3}       # on frozen features, by head
+HEAD_DECAY = 1.0            # weight decay of a standardised head
 HEAD_LR = 10                # a tuned backbone's head learns this much faster than the backbone
 HEAD_PHOTOS = 2000          # at most, from which the head of a tuned backbone starts
 # The head of a frozen backbone learns from POINTS x POINTS pixels of the mask a patch, which is as
@@ -307,6 +308,8 @@ def train(spec, args, vit, head, draws, score, phase, out, saved, kept, device, 
     if not frozen:
         groups[0]["lr"] *= 1 if args.from_scratch else HEAD_LR
         groups.append(dict(params=[*vit.train().parameters()], lr=rate))
+    if isinstance(head, nn.Sequential):                 # standardised
+        groups[0]["weight_decay"] = HEAD_DECAY
     parameters = [p for group in groups for p in group["params"]]
     optimizer = torch.optim.AdamW(groups, weight_decay=0.01)
     schedule = warmup_cosine(optimizer, args.steps)
