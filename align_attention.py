@@ -171,7 +171,7 @@ def main(argv=None):
     args = parse(argv)
     torch.manual_seed(args.seed)
     device, dtype = device_and_dtype(args)
-    scaler = torch.amp.GradScaler(device, enabled=dtype == torch.float16)
+    scaler = torch.amp.GradScaler(device, 2.0 ** 12, enabled=dtype == torch.float16)
 
     teacher, student, digest = load_pair(args.teacher, args.student, args.attention)
     args.size = args.size or [teacher.arch.pixels[0]]

@@ -77,8 +77,8 @@ def moments(sums):
 @torch.no_grad()
 def whitening(teacher, draws, size, most, device, dtype):
     """Look at the teacher's final tokens on the first `most` draws. -> dict(whiten (C, C), the
-    -1/2th power of their covariance plus a ridge; ridge, in mean eigenvalues; mean (prefix + 1, C),
-    the mean of each prefix token, then of the patches).
+    -1/2th power of their covariance plus a ridge; constant (N, C), the mean of each prefix token,
+    and for every patch the mean patch; ridge, in mean eigenvalues).
 
     A covariance of few photos overrates the directions in which they happen not to vary. So a
     fourth of them is kept apart, and the ridge is the smallest of RIDGES for which the mean square
@@ -87,26 +87,31 @@ def whitening(teacher, draws, size, most, device, dtype):
     """
     sums, means = torch.zeros(2, *[teacher.arch.width + 1] * 2, device=device).double(), []
     order = [(i, size) for i in range(min(most, len(draws)))]
-    for i, photos in enumerate(bar(DataLoader(draws, 8, sampler=order), "whitening")):
+    for photos in bar(DataLoader(draws, 8, sampler=order), "whitening"):
         with autocast(device, dtype):
             tokens = widen(teacher(teacher.normalize(photos.to(device)))).double()      # (B,N,C)
         prefix, patches = tokens.tensor_split([teacher.arch.prefix], dim=1)
         means += torch.cat([prefix, patches.mean(1, keepdim=True)], dim=1)
-        x = F.pad(tokens.flatten(0, 1), (0, 1), value=1)
-        sums[int(i % 4 == 3)] += x.T @ x
+        for part, total in zip((tokens[:6], tokens[6:]), sums):         # seen, kept apart
+            x = F.pad(part.flatten(0, 1), (0, 1), value=1)
+            total += x.T @ x
     (mean, covariance), (other_mean, other) = map(moments, sums)
     values, axes = torch.linalg.eigh(covariance)
     other = other + (other_mean - mean).outer(other_mean - mean)        # around the same mean
     other = (other @ axes * axes).sum(0)                                # along each axis
-    for ridge in RIDGES:
+    for ridge in RIDGES if len(order) > 6 else RIDGES[-1:]:
         floor = values + ridge * values.mean()
-        if abs((other / floor).mean() / (values / floor).mean() - 1) < 0.05:
+        gap = ((other / floor).mean() / (values / floor).mean() - 1).item()
+        if abs(gap) < 0.05:
             break
+    print(f"whitening: {len(order)} photos, ridge {ridge}, energy of those kept apart {gap:+.1%}")
     values, axes = torch.linalg.eigh(moments(sums.sum(0))[1])           # of all of them
     floor = values + ridge * values.mean()
     whiten = axes * (floor * (values / floor).mean()).rsqrt() @ axes.T
+    constant = torch.stack(means).mean(0)
+    constant = torch.cat([constant[:-1], constant[-1:].expand(patches.shape[1], -1)])
     wide = torch.promote_types(dtype, torch.float32)
-    return dict(whiten=whiten.to(wide), ridge=ridge, mean=torch.stack(means).mean(0).to(wide))
+    return dict(whiten=whiten.to(wide), constant=constant.to(wide), ridge=ridge)
 
 
 def feature_alignment(teacher, student, images, loss, dtype=torch.float32):
@@ -120,11 +125,11 @@ def feature_alignment(teacher, student, images, loss, dtype=torch.float32):
 
 
 @torch.no_grad()
-def compare(teacher, student, batches, whiten, device, dtype):
+def compare(teacher, student, batches, whiten, constant, device, dtype):
     """Held-out agreement of the final tokens: cosine of CLS (None without) and patches, errors.
 
     student: a ViT, or any function from normalised images to tokens (B, N, C). The errors are roots
-    of the squared error over that of the mean token, plain and whitened.
+    of the squared error over that of the constant (N, C), plain and whitened.
     """
     prefix, cls, patches = teacher.arch.prefix, [], []
     sums = torch.zeros(2, 2, dtype=torch.float64, device=device)    # error, energy; plain, whitened
@@ -135,7 +140,7 @@ def compare(teacher, student, batches, whiten, device, dtype):
         alike = F.cosine_similarity(have, want, dim=-1)                     # (B, N)
         cls.append(alike[:, 0])
         patches.append(alike[:, prefix:].mean(1))
-        for x, total in zip((have - want, want - want.mean((0, 1))), sums):
+        for x, total in zip((have - want, constant - want), sums):
             total += torch.stack([x.square().sum(), (x @ whiten).square().sum()])
     plain, white = (sums[0] / sums[1].clamp(min=1e-12)).sqrt().tolist()
     return dict(cls_cosine=torch.cat(cls).mean().item() if teacher.arch.cls else None,
@@ -177,7 +182,7 @@ def main(argv=None):
     args = parse(argv)
     torch.manual_seed(args.seed)
     device, dtype = device_and_dtype(args)
-    scaler = torch.amp.GradScaler(device, enabled=dtype == torch.float16)
+    scaler = torch.amp.GradScaler(device, 2.0 ** 12, enabled=dtype == torch.float16)
 
     teacher, student, digest = load_pair(args.teacher, args.student, args.attention)
     alone = student.header.get("stage") in (None, "features")
@@ -205,17 +210,14 @@ def main(argv=None):
     most = min(1024, args.steps * args.batch_size or 1024)
     kept = saved["kept"] if saved else whitening(teacher, train.dataset, args.size[0], most, device,
                                                  dtype)
-    whiten, mean = kept["whiten"].to(device), kept["mean"].to(device)
-    measure = partial(compare, teacher, whiten=whiten, device=device, dtype=dtype)
-
-    def constant(images):
-        patches = math.prod(teacher.grid_of(*images.shape[2:]))
-        return torch.cat([mean[:-1], mean[-1:].expand(patches, -1)]).expand(len(images), -1, -1)
-
+    whiten, constant = kept["whiten"].to(device), kept["constant"].to(device)
+    measure = partial(compare, teacher, whiten=whiten, constant=constant, device=device,
+                      dtype=dtype)
     if not saved:
-        kept |= dict(before=measure(student, held_out), constant=measure(constant, held_out))
+        kept["before"] = measure(student, held_out)
+        kept["of_constant"] = measure(lambda images: constant.expand(len(images), -1, -1), held_out)
     if not args.steps:
-        return report(kept["before"], kept["before"], kept["constant"])
+        return report(kept["before"], kept["before"], kept["of_constant"])
     loss_of = partial(LOSS[args.loss], whiten=whiten)
     student.train()
     progress = Progress(args, out, saved, kept, student=student, optimizer=optimizer,
@@ -241,9 +243,9 @@ def main(argv=None):
     save_vit(student, out / "student.safetensors", **facts)
     before, after = kept["before"], measure(student.eval(), held_out)
     write_whole(out / "report.json", facts | dict(
-        before=before, after=after, constant=kept["constant"], ridge=kept["ridge"],
+        before=before, after=after, constant=kept["of_constant"], ridge=kept["ridge"],
         seconds=progress.seconds, arguments=vars(args)))
-    report(before, after, kept["constant"])
+    report(before, after, kept["of_constant"])
     print(progress.summary())
     photos = held_out.dataset               # eight of them, from all over the set
     images = [photos[i] for i in range(0, len(photos), math.ceil(len(photos) / 8))]

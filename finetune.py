@@ -10,10 +10,11 @@ attention swapped and nothing aligned. The head first learns on the frozen backb
 all weights are tuned (Kumar et al. 2022). --freeze stops after the head. --from-scratch keeps of a
 file its architecture and operator alone. --steps 0 scores a checkpoint of this script as it is.
 
-Classify: train/CLASS/ and val/CLASS/, the middle square of a photo. Segment: a folder that one of
-LAYOUTS fits, an id a pixel in masks, classes.txt with names of id 0, 1, ... a line each. Photos
-keep their shape: the shorter side becomes --size, each side the nearest multiple of the patch. The
-score counts the masks' own pixels. A tuned backbone sees crops at 0.5 to 2 times that size.
+To classify, photos lie in train/CLASS/ and val/CLASS/, and their middle square counts. To segment,
+one of LAYOUTS fits the folder, masks hold an id a pixel, and classes.txt may name id 0, 1, ... line
+by line. Photos keep their shape: the shorter side becomes --size, each side the nearest multiple of
+the patch. The score counts the masks' own pixels. A tuned backbone sees crops of 0.5 to 2 times
+that size.
 --head mask adds two blocks of the backbone's own attention, in which classes are tokens, too.
 It writes to --out: a checkpoint for each of --weights, metrics.json, log.jsonl, and to segment
 segment.png; with --predict a mask of each photo's own size, and the photo with it laid over.
@@ -227,7 +228,7 @@ def cached(vit, batches, task, device, dtype):
 @torch.no_grad()
 def evaluate(vit, head, batches, task, classes, device, dtype=torch.float32):
     """batches: lists of (inputs, targets), see by_shape; masks have their own resolution.
-    -> (percent: top-1, or mIoU over classes that occur; that per class)."""
+    -> (top-1 or the mean IoU of classes that occur, in percent; the same for each class)."""
     confusion, segment = torch.zeros(classes, classes, dtype=torch.long), task == "segment"
     for batch in bar(batches, "scoring"):
         for inputs, targets in batch:
@@ -284,8 +285,10 @@ def begin_row(spec, args, classes, ids):
 def standardised(head, features):
     """A linear head behind a layer that gives each feature mean 0 and variance 1, because AdamW
     learns faster so."""
-    norm = nn.BatchNorm1d(features.shape[1], eps=1e-6, affine=False).to(head.weight).eval()
-    norm.running_mean, norm.running_var = features.mean(0), features.var(0)
+    variance = features.var(0, correction=0)
+    floor = 1e-3 * variance.mean().item() + 1e-12       # else what hardly varies becomes noise
+    norm = nn.BatchNorm1d(features.shape[1], eps=floor, affine=False).to(head.weight).eval()
+    norm.running_mean, norm.running_var = features.mean(0), variance
     return nn.Sequential(norm, head)
 
 
@@ -313,7 +316,7 @@ def train(spec, args, vit, head, draws, score, phase, out, saved, kept, device, 
     parameters = [p for group in groups for p in group["params"]]
     optimizer = torch.optim.AdamW(groups, weight_decay=0.01)
     schedule = warmup_cosine(optimizer, args.steps)
-    scaler = torch.amp.GradScaler(device, enabled=dtype == torch.float16)
+    scaler = torch.amp.GradScaler(device, 2.0 ** 12, enabled=dtype == torch.float16)
     loss_of = task_loss
     if args.compile and not frozen:                 # features have many shapes, each would compile
         loss_of = torch.compile(task_loss, fullgraph=True, dynamic=False)
@@ -367,8 +370,10 @@ def fine_tune(spec, args, data, out, saved, kept, device, dtype):
     loader = partial(DataLoader, batch_size=args.batch_size // WORLD, num_workers=args.workers,
                      collate_fn=by_shape, generator=torch.Generator(), worker_init_fn=leave_signals)
     shown = Draws(val_source, read, whole)
-    held_out, seconds = loader(shown), 0
+    held_out = loader(shown)
     score = partial(evaluate, classes=len(classes), task=task, device=device, dtype=dtype)
+    if not saved:
+        kept["seconds"] = 0
     for phase in phases[phases.index(kept["phase"]):] if saved else phases:
         kept["phase"], draws, trained = phase, Draws(source, read, crop, args.seed), head
         scored = partial(score, vit, head, held_out)
@@ -386,8 +391,8 @@ def fine_tune(spec, args, data, out, saved, kept, device, dtype):
                 start = [draws[i][0].flatten(0, 1) for i in range(args.batch_size)]
                 head.whiten(torch.cat(start).to(device, wide))
             scored = partial(score, None, trained, seen)
-        seconds += train(spec, args, vit, trained, draws, scored, phase, out, saved, kept, device,
-                         dtype)
+        kept["seconds"] += train(spec, args, vit, trained, draws, scored, phase, out, saved, kept,
+                                 device, dtype)
         saved = None                                    # it was of the phase that had been stopped
         if trained is not head:
             fold(*trained)
@@ -404,9 +409,8 @@ def fine_tune(spec, args, data, out, saved, kept, device, dtype):
         attention=vit.attention, per_class={
             name: None if math.isnan(value) else value      # JSON knows no NaN
             for name, value in zip(classes, per_class)},
-        seconds=seconds, kept_head=its_own, held_out=len(val_source), steps=args.steps,
-        batch_size=args.batch_size, lr=args.lr, device=device, dtype=str(dtype),
-        checkpoint=str(checkpoint), **facts))
+        seconds=kept["seconds"], kept_head=its_own, held_out=len(val_source), device=device,
+        checkpoint=str(checkpoint), arguments=vars(args), **facts))
     write_whole(out / "metrics.json", kept["rows"])
     if segment:
         show(draw, vit, head, shown, classes, read, val_source, out / f"{i}-segment.png", device)
@@ -443,7 +447,7 @@ def predict(args, device, dtype):
     vit, head = vit.to(device, wide), load_head(head, tensors, spec).to(device, wide).eval()
     ids = torch.tensor(header.get("ids", range(len(classes))))
     photos = []
-    for given in map(Path, args.predict):
+    for given in map(Path, dict.fromkeys(args.predict)):
         found = find_images(given) if given.is_dir() else [given]
         photos += [(path, Path(path).relative_to(given) if given.is_dir() else given.name)
                    for path in found]
@@ -468,18 +472,19 @@ def predict(args, device, dtype):
             mask = upsampled_classes(logits, photo.shape[1:])[0].cpu()
             target = out / "masks" / f"{name}.png"      # with its suffix: not a.jpg's over a.png's
             target.parent.mkdir(parents=True, exist_ok=True)
+            overlay = photo.float() / 510 + PALETTE[ids[mask]].movedim(-1, 0) / 2
+            write_whole(target.with_name(f"{target.stem}.overlay.png"),     # the longer name first
+                        partial(save_image, overlay, format="png"))
             image = Image.fromarray(ids[mask].byte().numpy())
             image.putpalette((PALETTE * 255).byte().flatten().tolist())
             write_whole(target, partial(image.save, format="png"))
-            overlay = photo.float() / 510 + PALETTE[ids[mask]].movedim(-1, 0) / 2
-            write_whole(target.with_name(f"{target.stem}.overlay.png"),
-                        partial(save_image, overlay, format="png"))
             print(f"{path}\t{', '.join(classes[value] for value in mask.unique())}\t{target}")
         except (InputError, OSError) as error:
-            print(f"left out: {path}: {error}", file=sys.stderr)
+            print(f"left out: {error}", file=sys.stderr)
             failed.append(str(path))
-    if named := [path for path in failed if path in map(str, map(Path, args.predict))]:
-        raise InputError(f"{len(named)} of the photos named were not done: {', '.join(named)}")
+    named = [path for path in failed if path in map(str, map(Path, args.predict))]
+    if named or len(failed) == len(photos):             # what lies in a folder is only named
+        raise InputError(f"not done: {', '.join(named or failed[:3])}")
 
 
 def main(argv=None):

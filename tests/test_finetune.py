@@ -131,12 +131,12 @@ def test_each_part_has_its_peak_rate(files, tmp_path, monkeypatch, flags, wanted
 
 
 def test_a_standardised_head_reads_mean_0_and_variance_1_and_folds_exactly():
-    features = 3 + seeded(50, 8, dtype=torch.float64) * torch.logspace(-2, 2, 8).double()
+    features = 3 + seeded(50, 8, dtype=torch.float64) * torch.logspace(-0.5, 0.5, 8).double()
     head = nn.Linear(8, 3).double()
     both = standardised(head, features)
     read, logits = both[0](features), both(features)
     torch.testing.assert_close(read.mean(0), torch.zeros(8).double(), atol=1e-6, rtol=0)
-    torch.testing.assert_close(read.var(0), torch.ones(8).double(), atol=0.02, rtol=0)
+    torch.testing.assert_close(read.var(0), torch.ones(8).double(), atol=0.04, rtol=0)
     finetune.fold(*both)
     torch.testing.assert_close(head(features), logits)
 
@@ -253,12 +253,14 @@ def test_a_mask_head_costs_as_its_backbone_does(attention, linear):
 
 
 def test_class_tokens_bypass_the_grid_of_patches():
+    """What the first block's convolution reads does not depend on them."""
     head, seen = make_head(ARCH, "segment", 3, "mask", "linear_conv"), []
-    for block in head.blocks:
-        conv = block.attn.operator.conv
-        conv.register_forward_hook(lambda _, inputs, out: seen.append(inputs[0].shape))
-    head(seeded(2, 3, 5, ARCH.width))
-    assert seen == [(2, ARCH.width, 3, 5)] * 2
+    conv = head.blocks[0].attn.operator.conv
+    conv.register_forward_hook(lambda _, inputs, out: seen.append(inputs[0]))
+    for scale in (1, -2):
+        head.tokens.data *= scale
+        head(seeded(2, 3, 5, ARCH.width))
+    assert seen[0].shape == (2, ARCH.width, 3, 5) and torch.equal(*seen)
 
 
 def test_a_mask_head_starts_from_whitened_features(files, tmp_path, monkeypatch):
@@ -300,11 +302,11 @@ def test_miou_by_hand():
 
 def test_top_1_by_hand():
     """It is of all photos, not the mean of the classes; label 255 is a label like any other."""
-    batches = [[(one_hot([0, 0, 1, 1], 300), torch.tensor([0, 0, 0, 1])),
+    batches = [[(one_hot([0, 1, 1, 1], 300), torch.tensor([0, 0, 0, 1])),
                 (one_hot([1, 255], 300), torch.tensor([2, 255]))]]
     found, by_class = score(batches, "classify", 300)
-    assert found == pytest.approx(100 * 4 / 6) and by_class[255] == 100
-    assert by_class[:3] == pytest.approx([100 * 2 / 3, 100, 0])
+    assert found == pytest.approx(100 * 3 / 6) and by_class[255] == 100
+    assert by_class[:3] == pytest.approx([100 / 3, 100, 0])
 
 
 def test_a_class_without_score_is_null_in_metrics(files, tmp_path, monkeypatch):
@@ -416,7 +418,7 @@ def test_predict_names_what_it_cannot_do_and_does_the_rest(files, tuned, tmp_pat
     assert err.count("left out") == len(bad) and all(name in err for name in bad)
     assert sum("\t" in line for line in out.splitlines()) == 4 - len(bad)
     said = refusal(finetune.main, [*words, "--predict", str(folder / "a.jpg"), str(good)])
-    assert "1 of the photos named" in said and "a.jpg" in said
+    assert "not done" in said and "a.jpg" in said
     assert sum("\t" in line for line in capfd.readouterr().out.splitlines()) == 1
 
 
