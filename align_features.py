@@ -31,7 +31,7 @@ from support.runs import open_out, parse_args, run, show, warmup_cosine, widen, 
 DEFAULTS = dict(steps=5000, batch_size=32, lr=5e-5)
 DEMO = dict(teacher="demo/teacher.safetensors", student="runs/attention/student.safetensors",
             size=[64], steps=150, batch_size=64, lr=5e-4)       # without --data
-RIDGES = 0.03, 0.1, 0.3, 1.0, 3.0, 9.0          # of whitening, in mean eigenvalues
+RIDGES = [0.03 * 3 ** k for k in range(7)]      # of whitening, in mean eigenvalues
 
 
 def parse(argv):
@@ -80,31 +80,33 @@ def whitening(teacher, draws, size, most, device, dtype):
     -1/2th power of their covariance plus a ridge; constant (N, C), the mean of each prefix token,
     and for every patch the mean patch; ridge, in mean eigenvalues).
 
-    A covariance of few photos overrates the directions in which they happen not to vary. So a
-    fourth of them is kept apart, and the ridge is the smallest of RIDGES for which the mean square
-    of the kept photos' whitened tokens is within 5 % of the others'. whiten is scaled so that this
-    mean square is 1 over all photos: a loss of 1 is no better than a constant.
+    A covariance of few photos overrates the directions in which they happen not to vary. So each
+    quarter of the photos is whitened by the other three. The ridge is the smallest of RIDGES for
+    which the quarters' mean square is within 5 % of what it is on the three. whiten is scaled so
+    that this mean square is 1 over all photos: a loss of 1 is no better than a constant.
     """
-    sums, means = torch.zeros(2, *[teacher.arch.width + 1] * 2, device=device).double(), []
+    sums, means = torch.zeros(4, *[teacher.arch.width + 1] * 2, device=device).double(), []
     order = [(i, size) for i in range(min(most, len(draws)))]
     for photos in bar(DataLoader(draws, 8, sampler=order), "whitening"):
         with autocast(device, dtype):
             tokens = widen(teacher(teacher.normalize(photos.to(device)))).double()      # (B,N,C)
         prefix, patches = tokens.tensor_split([teacher.arch.prefix], dim=1)
         means += torch.cat([prefix, patches.mean(1, keepdim=True)], dim=1)
-        for part, total in zip((tokens[:6], tokens[6:]), sums):         # seen, kept apart
-            x = F.pad(part.flatten(0, 1), (0, 1), value=1)
+        for i, total in enumerate(sums):
+            x = F.pad(tokens[i::4].flatten(0, 1), (0, 1), value=1)
             total += x.T @ x
-    (mean, covariance), (other_mean, other) = map(moments, sums)
-    values, axes = torch.linalg.eigh(covariance)
-    other = other + (other_mean - mean).outer(other_mean - mean)        # around the same mean
-    other = (other @ axes * axes).sum(0)                                # along each axis
-    for ridge in RIDGES if len(order) > 6 else RIDGES[-1:]:
-        floor = values + ridge * values.mean()
-        gap = ((other / floor).mean() / (values / floor).mean() - 1).item()
+    pairs = []                                          # variance along axes: of three, of one
+    for part in sums:
+        (mean, three), (centre, quarter) = map(moments, (sums.sum(0) - part, part))
+        values, axes = torch.linalg.eigh(three)
+        quarter = quarter + (centre - mean).outer(centre - mean)        # around the same mean
+        pairs.append(torch.stack([values, (quarter @ axes * axes).sum(0)]))
+    for ridge in RIDGES if len(order) >= 4 else RIDGES[-1:]:
+        three, quarter = sum((both / (both[0] + ridge * both[0].mean())).mean(1) for both in pairs)
+        gap = (quarter / three - 1).item()
         if abs(gap) < 0.05:
             break
-    print(f"whitening: {len(order)} photos, ridge {ridge}, energy of those kept apart {gap:+.1%}")
+    print(f"whitening: {len(order)} photos, ridge {ridge:.2f}, energy of unseen ones {gap:+.1%}")
     values, axes = torch.linalg.eigh(moments(sums.sum(0))[1])           # of all of them
     floor = values + ridge * values.mean()
     whiten = axes * (floor * (values / floor).mean()).rsqrt() @ axes.T
