@@ -54,39 +54,6 @@ def parse(argv):
     return args
 
 
-def weighted_square(x, patches):
-    """Sum of squares of x (B, N, C), of which the last `patches` tokens are the patches.
-
-    Prefix tokens together weigh a tenth of the patches: CLS is one token of hundreds, and half of
-    what heads read. Paper: not said. Here: CLS cosine after 80 steps is 0.878, not 0.843.
-    """
-    prefix, x = x.square().tensor_split([x.shape[1] - patches], dim=1)
-    return x.sum() + PREFIX_WEIGHT * x.numel() / max(1, prefix.numel()) * prefix.sum()
-
-
-def block_alignment(teacher, student, x, grid, dtype=torch.float32):
-    """One block of stage 1 (Fig. 4, left): the same input for both, the teacher's output goes on.
-
-    teacher, student: Block. x (B, N, C): the teacher's residual stream. -> (x after the teacher's
-    block, error, scale): the squared error after the output projection, and that of uniform
-    attention, whose output is the mean of V. Their ratio is the loss: 0 equals softmax, 1 ignores
-    the query. Paper: "squared error". Here: the ratio, so that all blocks weigh alike.
-    """
-    with autocast(x.device.type, dtype):
-        with torch.no_grad():
-            h = teacher.norm1(x)
-            q, k, v = teacher.attn.project(h)                               # each (B,H,N,D)
-            target = teacher.attn.proj(teacher.attn.attend(q, k, v, grid))  # (B,N,C)
-            uniform = teacher.attn.proj(v.mean(2).flatten(1).unsqueeze(1))  # (B,H,N,D) -> (B,1,C)
-            x = x + teacher.ls1(target)
-            x = x + teacher.ls2(teacher.mlp(teacher.norm2(x)))
-        output = student.attn(h, grid)                  # (B,N,C), the only trained forward pass
-    target = widen(target)
-    error, scale = (weighted_square(widen(part) - target, grid[0] * grid[1])
-                    for part in (output, uniform))
-    return x, error, scale.clamp(min=1e-12)             # 0: a single token
-
-
 def trained_parameters(student, groups):
     """Freeze all but these GROUPS. -> for each block, its trained parameters."""
     student.requires_grad_(False)
@@ -118,18 +85,6 @@ def first_tokens(teacher, images, dtype):
     """uint8 images (B, 3, height, width) -> (tokens before the first block (B, N, C), grid)."""
     with autocast(images.device.type, dtype):
         return teacher.embed(teacher.normalize(images))
-
-
-@torch.no_grad()
-def relative_error(teacher, student, batches, device, dtype):
-    """Held-out error of each block's attention output: the root of the loss, so 1 is uniform."""
-    sums = torch.zeros(len(teacher.blocks), 2, dtype=torch.float64, device=device)
-    for images in bar(batches, "blocks"):
-        x, grid = first_tokens(teacher, images.to(device), dtype)
-        for theirs, ours, total in zip(teacher.blocks, student.blocks, sums):
-            x, error, scale = block_alignment(theirs, ours, x, grid, dtype)
-            total += torch.stack([error, scale])
-    return (sums[:, 0] / sums[:, 1]).sqrt().tolist()
 
 
 def attention_maps(teacher, vits, images, queries):
@@ -165,6 +120,51 @@ def draw_attention(maps, images, queries, grid, path):
     rows = [photos, *(photos * 0.3 + 0.7 * part for part in maps)]
     save_picture(rows, ["photo; the white patch is the query", "where the softmax teacher looks",
                         "where the student looked before", "and after stage 1"], path)
+
+
+def weighted_square(x, patches):
+    """Sum of squares of x (B, N, C), of which the last `patches` tokens are the patches.
+
+    Prefix tokens together weigh a tenth of the patches: CLS is one token of hundreds, and half of
+    what heads read. Paper: not said. Here: CLS cosine after 80 steps is 0.878, not 0.843.
+    """
+    prefix, x = x.square().tensor_split([x.shape[1] - patches], dim=1)
+    return x.sum() + PREFIX_WEIGHT * x.numel() / max(1, prefix.numel()) * prefix.sum()
+
+
+def block_alignment(teacher, student, x, grid, dtype=torch.float32):
+    """One block of stage 1 (Fig. 4, left): the same input for both, the teacher's output goes on.
+
+    teacher, student: Block. x (B, N, C): the teacher's residual stream. -> (x after the teacher's
+    block, error, scale): the squared error after the output projection, and that of uniform
+    attention, whose output is the mean of V. Their ratio is the loss: 0 equals softmax, 1 ignores
+    the query. Paper: "squared error". Here: the ratio, so that all blocks weigh alike.
+    """
+    with autocast(x.device.type, dtype):
+        with torch.no_grad():
+            h = teacher.norm1(x)
+            q, k, v = teacher.attn.project(h)                               # each (B,H,N,D)
+            target = teacher.attn.proj(teacher.attn.attend(q, k, v, grid))  # (B,N,C)
+            uniform = teacher.attn.proj(v.mean(2).flatten(1).unsqueeze(1))  # (B,H,N,D) -> (B,1,C)
+            x = x + teacher.ls1(target)
+            x = x + teacher.ls2(teacher.mlp(teacher.norm2(x)))
+        output = student.attn(h, grid)                  # (B,N,C), the only trained forward pass
+    target = widen(target)
+    error, scale = (weighted_square(widen(part) - target, grid[0] * grid[1])
+                    for part in (output, uniform))
+    return x, error, scale.clamp(min=1e-12)             # 0: a single token
+
+
+@torch.no_grad()
+def relative_error(teacher, student, batches, device, dtype):
+    """Held-out error of each block's attention output: the root of the loss, so 1 is uniform."""
+    sums = torch.zeros(len(teacher.blocks), 2, dtype=torch.float64, device=device)
+    for images in bar(batches, "blocks"):
+        x, grid = first_tokens(teacher, images.to(device), dtype)
+        for theirs, ours, total in zip(teacher.blocks, student.blocks, sums):
+            x, error, scale = block_alignment(theirs, ours, x, grid, dtype)
+            total += torch.stack([error, scale])
+    return (sums[:, 0] / sums[:, 1]).sqrt().tolist()
 
 
 def main(argv=None):

@@ -116,16 +116,6 @@ def whitening(teacher, draws, size, most, device, dtype):
     return dict(whiten=whiten.to(wide), constant=constant.to(wide), ridge=ridge)
 
 
-def feature_alignment(teacher, student, images, loss, dtype=torch.float32):
-    """Stage 2 (Fig. 4, middle): uint8 images (B, 3, S, S) -> loss of the final tokens (B, N, C)."""
-    images = teacher.normalize(images)
-    with autocast(images.device.type, dtype):
-        with torch.no_grad():
-            target = teacher(images)
-        output = student(images)
-    return loss(widen(output), widen(target))           # nothing in between is supervised
-
-
 @torch.no_grad()
 def compare(teacher, student, batches, whiten, constant, device, dtype):
     """Held-out agreement of the final tokens: cosine of CLS (None without) and patches, errors.
@@ -178,6 +168,16 @@ def draw_features(teacher, student, images, path):
     save_picture([images / 255, *colours.chunk(2)],
                  ["photo", "the teacher's patch features, three main axes as colours",
                   "the student's, in the same colours"], path)
+
+
+def feature_alignment(teacher, student, images, loss, dtype=torch.float32):
+    """Stage 2 (Fig. 4, middle): uint8 images (B, 3, S, S) -> loss of the final tokens (B, N, C)."""
+    images = teacher.normalize(images)
+    with autocast(images.device.type, dtype):
+        with torch.no_grad():
+            target = teacher(images)
+        output = student(images)
+    return loss(widen(output), widen(target))           # nothing in between is supervised
 
 
 def main(argv=None):

@@ -194,16 +194,6 @@ def logits_of(vit, head, inputs, task, dtype=torch.float32):
         return widen(head(widen(inputs) if vit is None else features_of(vit, inputs, task)))
 
 
-def task_loss(vit, head, inputs, targets, task, dtype=torch.float32):
-    """Stage 3 (Fig. 4, right): inputs as in logits_of; targets: labels (B,), or masks (B, height,
-    width) of any size -> (sum of cross-entropies, how many there are in it)."""
-    logits, ignore = logits_of(vit, head, inputs, task, dtype), -100
-    if task == "segment":
-        logits, ignore = F.interpolate(logits, targets.shape[1:], mode="bilinear"), IGNORE
-    total = F.cross_entropy(logits, targets.long(), ignore_index=ignore, reduction="sum")
-    return total, (targets != ignore).sum()
-
-
 def upsampled_classes(logits, size):
     """Logits (B, K, rows, columns) -> the likeliest class at every pixel (B, *size), bilinear. A
     class at a time, because K maps of a 12-megapixel photo would need gigabytes."""
@@ -297,6 +287,16 @@ def fold(norm, head):
     """Let the head alone do what both do: weight @ (x - mean) / deviation + bias."""
     head.weight /= (norm.running_var + norm.eps).sqrt()
     head.bias -= head.weight @ norm.running_mean
+
+
+def task_loss(vit, head, inputs, targets, task, dtype=torch.float32):
+    """Stage 3 (Fig. 4, right): inputs as in logits_of; targets: labels (B,), or masks (B, height,
+    width) of any size -> (sum of cross-entropies, how many there are in it)."""
+    logits, ignore = logits_of(vit, head, inputs, task, dtype), -100
+    if task == "segment":
+        logits, ignore = F.interpolate(logits, targets.shape[1:], mode="bilinear"), IGNORE
+    total = F.cross_entropy(logits, targets.long(), ignore_index=ignore, reduction="sum")
+    return total, (targets != ignore).sum()
 
 
 def train(spec, args, vit, head, draws, score, phase, out, saved, kept, device, dtype):
