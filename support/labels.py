@@ -1,5 +1,4 @@
-"""Photos with labels or masks, for stage 3: lists of (image, label or mask), each a path, a PIL
-image or a drawn tensor."""
+"""Photos with labels or masks, for stage 3: lists of (image, label or mask)."""
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -10,18 +9,17 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torchvision import tv_tensors
 from torchvision.transforms import v2
-from torchvision.utils import draw_segmentation_masks
 
 from demo.shapes import Shapes
-from support.photos import BICUBIC, SETS, find_images, open_image, open_set, read_image
-from support.photos import refuse_shared, save_picture, some, views
+from support.photos import BICUBIC, SETS, find_images, open_set, read_image, refuse_shared
+from support.photos import save_picture, views
 from support.runs import InputError, bar, one_line
 
 IGNORE = 255                                # in our masks: neither in the loss nor in the score
 PALETTE = torch.rand(256, 3, generator=torch.Generator().manual_seed(6)) * 0.8 + 0.2
 PALETTE[0], PALETTE[IGNORE] = 0, 1                      # background black, ignored white
-# {} is train or val, or the two of `parts`; ends: what photos' and masks' names have after the name
-# they share; listed: a file of photos' names; ignore: ids that count nowhere; names: of id 0, 1 ...
+# {} is train or val, or the two of `parts`. A mask has its photo's name, but .png, and ends[1] for
+# ends[0]. listed: a file of photos' names; ignore: ids that count nowhere; names: of id 0, 1 ...
 LAYOUTS = {
     "images/masks": dict(photos="{}/images", masks="{}/masks"),
     "VOC": dict(
@@ -44,7 +42,7 @@ def read_mask(source):
     if isinstance(source, torch.Tensor):
         return source
     try:
-        image = open_image(source)
+        image = source if isinstance(source, Image.Image) else Image.open(source)
         if image.format != "PNG" or image.mode not in ("1", "L", "P"):
             raise ValueError(f"expected a PNG, an id a pixel, found {image.format} {image.mode}")
         stretch = {"L;2": 85, "L;4": 17}.get(image.tile[0][3], 1)   # Pillow's, of 2 and 4 bits
@@ -60,94 +58,65 @@ def read_item(item, task, lookup=None, short=None):
     return read_image(item), tv_tensors.Mask(lookup[read_mask(item[-1]).long()])
 
 
-def lines_of(file):
-    """The lines of a text in UTF-8, with or without a byte-order mark."""
-    try:
-        return [line.strip() for line in file.read_text("utf-8-sig").splitlines()]
-    except (OSError, UnicodeError) as error:
-        raise InputError(f"{file}: expected names, a line each: {one_line(error)}") from None
-
-
-def by_name(folder, end):
-    """{name: path} of the images in a folder whose names are NAME + end + suffix."""
-    paths = [path for path in map(Path, find_images(folder)) if path.stem.endswith(end)]
-    named = {str(path.relative_to(folder).with_suffix("")).removesuffix(end): path
-             for path in paths}
-    if len(named) < len(paths):
-        same = sorted({*paths} - {*named.values()})
-        raise InputError(f"expected one suffix of each name in {folder}, found also {some(same)}")
-    return named
-
-
 def pairs(data, part, photos, masks, ends=("", ""), listed=None, **_):
-    """A part of a folder that a row of LAYOUTS fits -> [(photo, mask), ...], none opened."""
-    top, below = (Path(data, folder.format(part)) for folder in (photos, masks))
-    photo, mask = by_name(top, ends[0]), by_name(below, ends[1])
-    file = listed and Path(data, listed.format(part))
-    wanted = set(filter(None, lines_of(file))) if listed else photo.keys() | mask.keys()
-    both = sorted(wanted & photo.keys() & mask.keys())
-    line = f"{file or data}: {len(both)} photos in {top} with masks in {below}"
-    if lone := sorted(wanted.difference(both)):
-        line += f", {len(lone)} names without photo or mask: {some(lone)}"
-    if not both or listed and lone:
-        raise InputError(line)
-    print(line)
-    return [(photo[name], mask[name]) for name in both]
+    """A part of a folder that a row of LAYOUTS fits -> [(photo, mask), ...], none looked at."""
+    top, below = Path(data, photos.format(part)), Path(data, masks.format(part))
+    paths = [*map(Path, find_images(top))]
+    wanted = found = {str(path.relative_to(top).with_suffix("")): path for path in paths}
+    if again := sorted({*paths} - {*found.values()}):
+        raise InputError(f"{again[0]} has the name of another photo: expected one a mask")
+    if listed:
+        text = Path(data, listed.format(part)).read_text("utf-8-sig", "replace")
+        wanted = {*map(str.strip, text.splitlines())} - {""}
+    return [(found.get(name, top / name), below / f"{name.replace(*ends)}.png")
+            for name in sorted(wanted)]
 
 
 def by_layout(data):
     """-> training pairs, held-out pairs, names of id 0, 1, ..., the row of LAYOUTS that fits."""
-    expected = []
-    for name, row in LAYOUTS.items():
+    expected, own = [], Path(data, "classes.txt")
+    for layout, row in LAYOUTS.items():
         parts = row.get("parts", ("train", "val"))
-        folders = {row[key].format(part): None for key in ("photos", "masks") for part in parts}
-        if all(Path(data, folder).is_dir() for folder in folders):
-            break
-        expected.append(" ".join(folders))
-    else:
-        raise InputError(f"{data} is not laid out for --task segment, expected the folders "
-                         f"{', or '.join(expected)}")
-    print(f"{data}: read as {name}")
-    names, file = row["names"].split(", ") if "names" in row else [], Path(data, "classes.txt")
-    names = lines_of(file) if file.is_file() else names
-    return *(pairs(data, part, **row) for part in parts), names, row
+        needed = [row[key].format(part) for key in ("photos", "masks", "listed") if key in row
+                  for part in parts]
+        if all(Path(data, path).exists() for path in needed):
+            print(f"{data}: read as {layout}")
+            names = row.get("names", "").split(", ")
+            names = own.read_text("utf-8-sig", "replace").splitlines() if own.exists() else names
+            return *(pairs(data, part, **row) for part in parts), names, row
+        expected.append(" ".join(dict.fromkeys(needed)))
+    raise InputError(f"{data}, --task segment: expected in it {', or '.join(expected)}")
 
 
 def by_class(data):
     """train/CLASS/ and val/CLASS/ -> [(photo, label), ...] of each part, class names."""
     parts = []
     for top in (Path(data, "train"), Path(data, "val")):
-        paths = [Path(path) for path in find_images(top, apart=())] if top.is_dir() else []
-        if loose := [str(path) for path in paths if path.parent == top]:
-            print(f"left out, in the folder of no class: {some(loose)}")
-        parts.append([(path, path.relative_to(top).parts[0]) for path in paths
-                      if path.parent != top])
+        paths = [Path(path).relative_to(top) for path in find_images(top)] if top.is_dir() else []
+        parts.append([(top / path, (path.parent.parts or ".")[0]) for path in paths])
     train, val = ({name for _, name in part} for part in parts)
     classes, alone = sorted(train | val), sorted(train ^ val)
-    if len(classes) < 2 or not train & val or classes == ["images", "masks"]:
-        raise InputError(f"{data} is not laid out for --task classify: expected photos of the same "
-                         "classes, two or more, in train/CLASS and val/CLASS, found the classes "
-                         f"{some(classes) or 'none'}")
+    if len(classes) < 2 or not train & val or "." in classes:   # ".": in the folder of no class
+        raise InputError(f"{data}, --task classify: expected photos of the same classes, two or "
+                         f"more, in train/CLASS and val/CLASS, found {classes[:8]}")
     if alone:
-        print(f"{data}: classes without a photo in train or in val: {some(alone)}")
+        print(f"{data}: classes without a photo in train or in val: {', '.join(alone)}")
     return *([(path, classes.index(name)) for path, name in part] for part in parts), classes
 
 
 def look(part, i, segment):
-    """Look at a photo, and at its mask to segment -> (pixels of each id (256,), what is wrong)."""
-    none = torch.zeros(256, dtype=torch.long)
+    """Look at a photo -> what is wrong with it or its mask, or to segment, pixels of each id."""
     try:
         item = part[i]
-        size = read_image(item, None if segment else 32).shape[1:]
-        if not segment:
-            return none, None
-        ids = read_mask(item[-1])
-        if ids.shape != size:
-            raise InputError(f"{item[-1]} has {tuple(ids.shape)} pixels, {item[0]}, upright by "
-                             f"EXIF, has {tuple(size)}: expected the same")
-        return ids.flatten().bincount(minlength=256), None
+        shape = read_image(item, None if segment else 32).shape[1:]
+        if segment:
+            ids = read_mask(item[-1])
+            if ids.shape != shape:
+                raise InputError(f"{item[-1]} has {tuple(ids.shape)} pixels, {item[0]}, upright by "
+                                 f"EXIF, {tuple(shape)}: expected the same")
+            return ids.flatten().bincount(minlength=256)                        # (256,)
     except (InputError, OSError) as error:              # OSError: of a torchvision set
-        return none, str(error)
+        return str(error)
 
 
 def load_data(data, task, ignore=None):
@@ -171,25 +140,18 @@ def load_data(data, task, ignore=None):
     with ThreadPoolExecutor() as pool:                  # decoding leaves Python's lock
         looks = [[*bar(pool.map(partial(look, part, segment=segment), range(len(part))),
                        "looking at photos", len(part))] for part in parts]
-    counts = torch.stack([sum(count for count, _ in part) for part in looks])           # (2, 256)
-    if wrong := [error for part in looks for _, error in part if error]:
+    if wrong := [found for part in looks for found in part if isinstance(found, str)]:
         raise InputError(f"{len(wrong)} photos of {data} cannot be used: {'; '.join(wrong)}")
     if not segment:
         return *parts, names, [*range(len(names))]
+    counts = torch.stack([sum(part, torch.zeros(256)) for part in looks])       # (2, 256)
     ignore = [IGNORE, *row.get("ignore", ())] if ignore is None else ignore
-    if not all(-1 <= id <= 255 for id in ignore):
-        raise InputError(f"--ignore {ignore}: expected ids from 0 to 255, or -1 for none")
-    counts[:, [id for id in ignore if id >= 0]] = 0
-    ids = counts.sum(0).nonzero().flatten().tolist()
-    if not 2 <= len(ids) <= 255 or not counts.sum(1).all():
-        raise InputError(f"{data} has the ids {ids} besides {ignore}, which --ignore -1 would "
-                         "count: expected 2 to 255 classes, and labels in train and in val")
-    classes = [names[id] if id < len(names) and names.count(names[id]) == 1 else str(id)
-               for id in ids]
-    for id, name in zip(ids, classes):
-        train, val = (100 * counts[:, id] / counts.sum(1)).tolist()
-        print(f"class {name:24s} id {id:3d}  {train:6.2f} % of train  {val:6.2f} % of val")
-    return *parts, classes, ids
+    ids = [id for id in counts.sum(0).nonzero().flatten().tolist() if id not in ignore]
+    if not 2 <= len(ids) <= 255 or not counts[:, ids].any(1).all():
+        raise InputError(f"{data} has the ids {ids} besides {ignore}, which --ignore -1 counts: "
+                         "expected 2 to 255 classes, and labels in each part")
+    named = {id: name for id, name in enumerate(names) if names.count(name) == 1}
+    return *parts, [named.get(id) or str(id) for id in ids], ids
 
 
 def fitted(item, size, patch, points=None):
@@ -226,18 +188,17 @@ def by_shape(draws):
 def draw_segments(photos, truths, guesses, classes, path, side=160):
     """Write a PNG: photos uint8 (3, H, W), below them their masks and the guesses, and a legend.
     truths, guesses: a class or IGNORE of each pixel (H, W), of any size."""
-    colours = [tuple(rgb) for rgb in (255 * PALETTE).int()[[*range(len(classes)), IGNORE]].tolist()]
-    rows, square = [[], [], [], []], v2.CenterCrop(side)
+    rows, square, names = [[], [], [], []], v2.CenterCrop(side), [*classes, "ignored"]
+    colours = PALETTE[[*range(len(classes)), IGNORE]]                           # (K + 1, 3)
     for photo, *masks in zip(photos, truths, guesses):
-        photo = v2.functional.resize(photo, None, max_size=side)
+        photo = v2.functional.resize(photo, None, max_size=side) / 255
         rows[0].append(square(photo))
         for row, mask in zip(rows[1:], masks):
-            mask = F.interpolate(mask[None, None].byte(), photo.shape[1:], mode="nearest-exact")[0]
-            mask = mask.clamp(max=len(classes)) == torch.arange(len(colours))[:, None, None]
-            row.append(square(draw_segmentation_masks(photo, mask, 0.7, colours)))
-    for name, colour in zip([*classes, "ignored"], colours):
-        swatch = Image.new("RGB", (side, side // 8), colour)
+            mask = F.interpolate(mask[None, None].byte(), photo.shape[1:], mode="nearest-exact")
+            colour = colours[mask[0, 0].long().clamp(max=len(classes))].movedim(-1, 0)
+            row.append(square(0.3 * photo + 0.7 * colour))
+    for name, colour in zip(names, colours):
+        swatch = Image.new("RGB", (side, side // 8), tuple((255 * colour).int().tolist()))
         ImageDraw.Draw(swatch).text((4, 4), name, "white", stroke_width=2, stroke_fill="black")
-        rows[3].append(v2.functional.pil_to_tensor(swatch))
-    save_picture([torch.stack(row) / 255 for row in rows], ["photo", "mask", "guess", "classes"],
-                 path)
+        rows[3].append(v2.functional.to_image(swatch) / 255)
+    save_picture([torch.stack(row) for row in rows], ["photo", "mask", "guess", "classes"], path)

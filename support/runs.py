@@ -24,7 +24,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn as nn
-from torch._utils import _flatten_dense_tensors, _take_tensors, _unflatten_dense_tensors
 from tqdm import tqdm
 
 try:
@@ -37,7 +36,6 @@ except ImportError:                                     # Windows has neither
 TORCHRUN = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
 RANK, WORLD = map(int, (os.environ["RANK"], os.environ["WORLD_SIZE"]) if TORCHRUN else (0, 1))
 LINE_EVERY = 30                                         # seconds, where stderr is no terminal
-PATHS = "teacher", "student", "weights", "data", "predict"
 bar = partial(tqdm, leave=False, delay=2, disable=RANK > 0 or None)     # None: if no terminal
 
 
@@ -50,12 +48,11 @@ class InputError(Exception):
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal ended the run: its number, or 0 if another process did. left: what it leaves."""
+    """A signal, whose number it holds, ended the run. left: what any end leaves, for a message."""
     left = ""
 
 
 # ---- Files
-
 def one_line(error):
     """What a library's error says, in 300 characters at most, without torch.load's advice."""
     message = str(error).rpartition("WeightsUnpickler error:")[2].strip()
@@ -82,111 +79,94 @@ def write_whole(path, content):
 
 
 def real(value):
-    """FILE, FILE:OPERATOR, NAME=FILE or a list of them with real paths; a name stays a name."""
+    """An argument with real paths for FILE, FILE:OPERATOR and NAME=FILE, also in a list."""
+    if isinstance(value, (list, tuple)):
+        return [real(each) for each in value]
     if not isinstance(value, str):
-        return value and [real(each) for each in value]
+        return value
     return "".join(os.path.realpath(part) if os.path.exists(part) else part
                    for part in re.split("([=:])", value))
 
 
-def lock(out):
-    """Refuse a folder to which a living run writes; a process that was killed holds no lock."""
-    if fcntl is None:
-        return
-    lock.file = open(out / ".lock", "a")                # until this process ends
-    try:
-        fcntl.lockf(lock.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        raise InputError(f"--out {out} is being written by another run") from None
-    except OSError:                                     # a file system without locks
-        pass
-
-
 def claim(out, told):
-    """Make or find the folder of the run that `told` describes; another run's moves aside."""
-    mark, state, new = out / "run.json", out / "state.pt", not out.exists()
+    """Make or find the folder of the run that `told` describes; another run's moves aside. The lock
+    on it lasts until this process ends, however it ends."""
+    mark, stopped, new = out / "run.json", (out / "state.pt").is_file(), not out.exists()
     held = not new and any(not path.name.startswith(".") for path in out.iterdir())
     if held and not (mark.is_file() and b'"script"' in mark.read_bytes()):
         raise InputError(f"--out {out} holds files that no run of ours wrote: name another")
     out.mkdir(parents=True, exist_ok=True)
-    lock(out)
-    before = json.loads(mark.read_bytes()) if held else told
-    said = {"script": "it ran another script", "read": "photos or weights have changed"}
-    changed = [said.get(key) or f"--{key.replace('_', '-')} was {before.get(key)}"
-               for key in before | told if before.get(key) != told.get(key)]
-    if new or state.is_file() and not changed:
-        return write_whole(mark, told)
-    aside = next(path for path in (Path(f"{out}-{i}") for i in count(1))
-                 if not os.path.lexists(path))
-    why = f" (stopped; {'; '.join(changed)})" if state.is_file() else ""
+    claim.lock = open(out / ".lock", "a")
     try:
-        out.rename(aside)
-    except OSError:                                     # said before there is anything to move
-        raise InputError(f"--out {out} is a mount, or another folder that cannot be renamed when "
-                         "a later run needs it: name a folder in it") from None
-    if held:
-        print(f"--out {out}: an earlier run was there, now in {aside}{why}")
-        out.mkdir()
-        lock(out)
-    else:
+        fcntl.lockf(claim.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        raise InputError(f"--out {out} is being written by another run") from None
+    except (AttributeError, OSError):                   # Windows, or a file system without locks
+        pass
+    before = json.loads(mark.read_bytes()) if held else told
+    known = {"script": "it ran another script", "read": "photos or weights have changed"}
+    changed = [known.get(key) or f"--{key.replace('_', '-')} was {before.get(key)}"
+               for key in before | told if before.get(key) != told.get(key)]
+    if not new and (changed or not stopped):
+        aside = next(path for path in (Path(f"{out}-{i}") for i in count(1))
+                     if not os.path.lexists(path))
+        try:
+            out.rename(aside)                           # an empty one, too: a later run will
+        except OSError:
+            raise InputError(f"--out {out} is a mount, or another folder that cannot be renamed "
+                             "when a later run needs it: name a folder in it") from None
+        if held:
+            why = f" (stopped; {'; '.join(changed)})" if stopped else ""
+            print(f"--out {out}: an earlier run was there, now in {aside}{why}")
+            return claim(out, told)
         aside.rename(out)
     write_whole(mark, told)
 
 
 def open_out(args, inputs, *lists):
-    """Make the folder --out, or find a stopped run in it: -> (folder, its state or None).
-
-    Called after all checks. inputs: weight files and folders that are read, and must lie apart.
-    Files' content and `lists` (of photos' names) are hashed: a run on changed ones is another run.
-    """
+    """Make the folder --out, or find a stopped run in it: -> (folder, its state or None). Called
+    after all checks. inputs: weight files and folders that are read, and must lie apart. Files'
+    content and `lists` (of photos' names) are hashed: a run on changed ones is another run."""
     out, digest = Path(os.path.realpath(args.out)), hashlib.sha256(repr(lists).encode())
     for path in map(Path, filter(None, inputs)):
-        if any(a.is_relative_to(b) for a, b in ((out, path.resolve()), (path.resolve(), out))):
-            raise InputError(f"--out {args.out} holds or lies in {path}, which is read: name "
-                             "another")
+        if out.is_relative_to(path.resolve()) or path.resolve().is_relative_to(out):
+            raise InputError(f"--out {out} holds or lies in {path}, which is read: name another")
         digest.update(path.read_bytes() if path.is_file() else b"")
-    told = {key: real(value) if key in PATHS else value for key, value in vars(args).items()
+    told = {key: real(value) for key, value in vars(args).items()
             if key not in ("out", "workers", "save_every")}         # these may change
     told |= {"script": Path(sys.argv[0]).name, "read": digest.hexdigest()}
     if RANK == 0:
-        claim(out, json.loads(json.dumps(told)))        # tuples become lists, as in run.json
+        claim(out, told)
     if WORLD > 1:
         dist.barrier()                                  # the folder is as rank 0 leaves it
     state, saved = out / "state.pt", None
     if state.is_file():
         try:
             saved = torch.load(state, map_location="cpu", weights_only=True)
-            print(f"--out {args.out}: goes on from step {saved['step']} of {args.steps}")
+            print(f"--out {out}: goes on from step {saved['step']} of {args.steps}")
         except Exception:                               # junk makes readers raise nearly anything
             raise InputError(f"{state} is cut or damaged, or holds more than tensors: remove it, "
                              "and the same command begins anew") from None
-    return Path(args.out) if os.path.realpath(args.out) == str(out) else out, saved   # "." moved
+    return out, saved
 
 
 # ---- Flags, device, processes
-
-def expand(text):
-    """~ as a shell writes it out, also in --out=~/x and NAME=~/x, where it does not."""
-    return "=".join(map(os.path.expanduser, text.split("=")))
-
-
 def parse_args(parser, argv, out, defaults, demo, sizes=False):
     """Add the flags that say nothing of the method, and parse. Without --data what is not given is
-    `demo`'s, else `defaults`'. sizes: --size takes several, and args.size is a list."""
+    `demo`'s, else `defaults`'. sizes: --size takes several."""
     flag, cuda = parser.add_argument, torch.cuda.is_available()
-    parser.register("type", None, expand)               # of each flag that names no other type
+    parser.register("type", None, lambda text: "=".join(    # ~, also in --out=~/x and NAME=~/x
+        map(os.path.expanduser, text.split("="))))
     flag("--size", type=int, nargs="+" if sizes else None,
-         help=f"pixels, a multiple of the patch{', or several' * sizes} (default: the weights')")
+         help="pixels, a multiple of the patch (default: the weights')")
     for key in ("steps", "batch_size"):
         flag(f"--{key.replace('_', '-')}", type=int,
              help=f"(default: {defaults[key]}, demo: {demo[key]})")
     flag("--workers", type=int, default=min(8, os.cpu_count() or 1) if cuda else 0,
          help="processes that load photos (default: up to 8 on a GPU, else 0)")
     flag("--dtype", choices=("auto", "float64", "float32", "bfloat16", "float16"), default="auto",
-         help="of autocast, float64 of weights, too (default: auto, bfloat16 where the machine has "
-         "it, float16 on older GPUs, else float32)")
-    flag("--compile", action=argparse.BooleanOptionalAction, default=cuda,
-         help="torch.compile (default: on a GPU)")
+         help="(default: auto, half precision where the device has it)")
+    flag("--compile", action=argparse.BooleanOptionalAction, default=cuda, help="(default: a GPU)")
     flag("--recompute", action="store_true", help="blocks again in the backward pass: less memory")
     flag("--seed", type=int, default=0, help="of photos, crops, flips and heads (default: 0)")
     flag("--out", default=out, help=f"folder to write (default: {out})")
@@ -195,29 +175,25 @@ def parse_args(parser, argv, out, defaults, demo, sizes=False):
     own = parser.parse_known_args(argv)[0].data
     parser.set_defaults(**(defaults if own else demo))
     args = parser.parse_args(argv)
-    if sizes and isinstance(args.size, int):
-        args.size = [args.size]
     if not own and demo != defaults:
         print("demo:", *(f"--{key.replace('_', '-')} {getattr(args, key)}" for key in demo))
     args.every = max(1, args.steps // 10) if args.every is None else args.every
     for key, least in dict(steps=0, workers=0, save_every=0, batch_size=1, every=1).items():
-        if not getattr(args, key) >= least:
+        if not getattr(args, key) >= least:             # NaN is not, either
             key, found = key.replace("_", "-"), getattr(args, key)
             raise InputError(f"--{key} {found}: expected {least} or more")
     if args.lr is not None and not 0 < args.lr < math.inf:
         raise InputError(f"--lr {args.lr}: expected a number above 0")
     if args.batch_size % WORLD:
-        raise InputError(f"--batch-size {args.batch_size}: expected a multiple of {WORLD}, the "
-                         "number of processes")
+        raise InputError(f"--batch-size {args.batch_size}: expected a multiple of {WORLD}, one "
+                         "part for each process")
     return args
 
 
 def device_and_dtype(args):
     """-> (CUDA where there is one, dtype of autocast); joins torchrun's processes, if there are.
-
-    "auto" in args.dtype becomes what it is here: a run goes on in its own precision. args.compile
-    becomes False, and a line says why, where torch.compile cannot work.
-    """
+    args.dtype "auto" becomes what it is here. args.compile becomes False, and a line says why,
+    where torch.compile cannot work."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if WORLD > 1 and not dist.is_initialized():
         if device == "cuda":
@@ -239,10 +215,8 @@ def device_and_dtype(args):
 
 def graphed(function, example):
     """function(example) recorded as one CUDA graph -> call(x), for x of the example's shape.
-
     One launch replays all kernels, where a ViT at batch 1 otherwise waits for Python. Each call
-    overwrites the output of the one before. The weights must stay where they are in memory.
-    """
+    overwrites the output of the one before. The weights must stay where they are in memory."""
     example, stream = example.clone(), torch.cuda.Stream()      # the graph reads its input here
     stream.wait_stream(torch.cuda.current_stream())
     with torch.no_grad(), torch.cuda.stream(stream):
@@ -281,15 +255,15 @@ def mean_over_processes(tensor):
 
 
 def average_gradients(parameters):
-    """Put the mean over torchrun's processes in the place of each gradient, 25 MB at a time."""
+    """Put the mean over torchrun's processes in the place of each gradient, in one exchange."""
     gradients = [p.grad for p in parameters if p.grad is not None]
-    for part in _take_tensors(gradients, 25_000_000) if WORLD > 1 else ():
-        mean = mean_over_processes(_flatten_dense_tensors(part))
-        torch._foreach_copy_(part, _unflatten_dense_tensors(mean, part))
+    if WORLD > 1:
+        flat = mean_over_processes(torch.cat([gradient.flatten() for gradient in gradients]))
+        for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients])):
+            gradient.copy_(mean.view_as(gradient))
 
 
 # ---- Training
-
 def autocast(device, dtype):
     """torch.autocast for half precision; in float32 and float64 everything stays as it is.
     What is compiled enters it inside, since its backward runs under the autocast of its call."""
@@ -314,11 +288,8 @@ class Progress:
 
     saved: what open_out found. kept: what else the end of the run needs: numbers, text, tensors.
     parts: what an update changes, each with a state_dict. `seconds` are those of loading and
-    updates, `images` those of all processes.
-
-        for step, batch in progress.steps(loader):
-            ...                                         # an error in the update saves nothing
-            progress.done(loss, lr=rate)                # from here on, whatever happens saves
+    updates, `images` those of all processes. An error between the step that `steps` gives and
+    done() saves nothing. At any other moment run() saves, whatever happens.
     """
     now, signal = None, 0                               # the one in its loop; the number received
 
@@ -335,97 +306,81 @@ class Progress:
                 raise InputError(f"{out / 'state.pt'} does not fit the code, which has changed: "
                                  f"remove it to begin anew ({one_line(error)})") from None
             self.file.truncate(min(saved["logged"], self.file.tell()))  # later lines: done again
-        self.saved = self.step
-        if WORLD > 1:                                   # all processes begin as rank 0 does
-            for module in filter(lambda part: isinstance(part, nn.Module), parts.values()):
-                for tensor in module.state_dict().values():
-                    dist.broadcast(tensor, 0)
+        self.saved, self.due = self.step, time.perf_counter() + args.save_every
+        for part in parts.values() if WORLD > 1 else ():
+            for tensor in part.state_dict().values() if isinstance(part, nn.Module) else ():
+                dist.broadcast(tensor, 0)               # all processes begin as rank 0 does
 
     def steps(self, batches):
-        """-> (step, batch), from the first that is not done. Saves between two updates: when due,
-        at the end, and when a signal or an error in loading, in any process, ends the run."""
-        Progress.now, batches, error, stop = self, iter(batches), None, 0
-        self.told, due = (time.perf_counter(), self.step, self.images), time.perf_counter()
+        """-> (step, batch), from the first that is not done. Saves when due and at the end. A
+        signal to any process ends all after the same step. What next() raises, run() saves for."""
+        Progress.now, batches, stop = self, iter(batches), 0
+        self.told = time.perf_counter(), self.step, self.images
         with suppress(AttributeError, ValueError):      # torch's handler would raise in an update
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)   # when a worker dies; so next() does
         while self.step < self.args.steps:
+            self.save(self.due)
             self.start = time.perf_counter()
-            try:
-                batch = None if Progress.signal else next(batches)
-            except Exception as raised:
-                error = raised
-            stop = Progress.signal or (signal.NSIG if error else 0)
-            if WORLD > 1:                               # all end after the same step
-                stop = torch.tensor(stop)
+            batch = next(batches)
+            stop = torch.tensor(Progress.signal)
+            if WORLD > 1:                               # fails where another process has ended
                 dist.all_reduce(stop, dist.ReduceOp.MAX)
             if stop:
                 break
-            if self.start > due + self.args.save_every:
-                self.save()
-                self.start = due = time.perf_counter()
             groups = [batch] if isinstance(batch, torch.Tensor) else [images for images, _ in batch]
             self.images += WORLD * sum(map(len, groups))
             self.updating = self.step + 1
             yield self.updating, batch
-            self.write()
         self.save()                                     # scoring, which follows, may be stopped
-        if WORLD > 1:
-            dist.barrier()                              # none ends before the state is written
         Progress.now = None
-        if error or stop or Progress.signal:
-            raise error or Stopped(Progress.signal or int(stop) % signal.NSIG)
+        if stop or Progress.signal:
+            raise Stopped(Progress.signal or int(stop))
 
     def done(self, loss, **row):
-        """The update is complete: a line in the log, with the mean of the processes' losses."""
+        """The update is complete: its row for the log, with the mean of the processes' losses, and
+        every 30 seconds a line that tells of it; on a terminal more often, in one place."""
         loss = mean_over_processes(torch.tensor(loss, dtype=torch.float64)).item()
         if not math.isfinite(loss):
             raise InputError(f"the loss is {loss} at step {self.updating}: try a lower --lr than "
                              f"{self.args.lr}")
-        self.seconds += time.perf_counter() - self.start
-        self.step += 1
+        now, (then, step, images), steps = time.perf_counter(), self.told, self.args.steps
+        self.step, self.updating = self.updating, 0
+        self.seconds += now - self.start
         self.row = dict(step=self.step, loss=loss, **row, seconds=round(self.seconds, 2))
-        self.updating = 0
-        self.tell(loss, row.get("lr", 0))
+        over, terminal = self.step == steps, sys.stderr.isatty()
+        if RANK == 0 and (over or now > then + (0.5 if terminal else LINE_EVERY)):
+            left = tqdm.format_interval((steps - self.step) * (now - then) / (self.step - step))
+            print(f"step {self.step}/{steps}  loss {loss:.4f}  lr {row.get('lr', 0):.1e}  "
+                  f"{(self.images - images) / (now - then):.0f} images/s  {left} left",
+                  end="   \r" if terminal and not over else "\n", file=sys.stderr, flush=True)
+            self.told = now, self.step, self.images
 
     def log(self, **row):
         """More for this step's line in the log, such as a held-out score."""
         self.row |= row
 
-    def write(self):
+    def save(self, due=0):
+        """Write the step's line, and after the time `due` the state."""
         if self.row:
             self.file.write(json.dumps(self.row).encode() + b"\n")
             self.file.flush()                           # for `tail -f`
         self.row = {}
-
-    def tell(self, loss, rate):
-        """Say how far it is, every 30 seconds; on a terminal more often, in one line."""
-        now, (then, step, images), steps = time.perf_counter(), self.told, self.args.steps
-        terminal, last = sys.stderr.isatty(), self.step == steps
-        if RANK == 0 and (last or now > then + (0.5 if terminal else LINE_EVERY)):
-            left = tqdm.format_interval((steps - self.step) * (now - then) / (self.step - step))
-            print(f"step {self.step}/{steps}  loss {loss:.4f}  lr {rate:.1e}  "
-                  f"{(self.images - images) / (now - then):.0f} images/s  {left} left",
-                  end="   \r" if terminal and not last else "\n", file=sys.stderr, flush=True)
-            self.told = now, self.step, self.images
-
-    def save(self):
-        self.write()
-        if self.step > self.saved:
+        if self.step > self.saved and time.perf_counter() >= due:
             state = dict(step=self.step, progress=(self.step, self.seconds, self.images),
                          parts={name: part.state_dict() for name, part in self.parts.items()},
                          kept=self.kept, logged=self.file.seek(0, os.SEEK_END))
             write_whole(self.out / "state.pt", partial(torch.save, state))
-            self.saved = self.step
+            self.saved, self.due = self.step, time.perf_counter() + self.args.save_every
         if self.saved:
-            Stopped.left = (f"the same command goes on from step {self.saved}, "
-                            f"{self.out / 'state.pt'}")
+            where = self.out / "state.pt"
+            Stopped.left = f"the same command goes on from step {self.saved}, {where}"
 
     def summary(self):
         """What the run took: time of a step, images a second, peak memory."""
         memory = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else (
             resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1000 if resource else 0)
-        speed = self.images / max(1e-9, self.seconds)
-        return (f"{self.seconds / max(1, self.step):.3f} s a step, {speed:.0f} images/s, "
+        return (f"{self.seconds / max(1, self.step):.3f} s a step, "
+                f"{self.images / max(1e-9, self.seconds):.0f} images/s, "
                 f"peak memory {memory / 1e9:.1f} GB")
 
     def finish(self):
@@ -436,7 +391,6 @@ class Progress:
 
 
 # ---- The end, whatever brings it
-
 class Screen(io.FileIO):
     """stdout or stderr that cannot end a run: what a closed or broken one should show is lost."""
 
@@ -470,17 +424,12 @@ def leave_signals(_):
 
 
 def explain(error):
-    """Save what is complete when `error` ends main(); -> the line that says so."""
-    progress, text = Progress.now, one_line(error)
-    if progress and not progress.updating:
-        with suppress(Exception):                       # a full disk: the state before stays
-            progress.save()
-    left = f" ({Stopped.left})" if Stopped.left else ""
+    """-> the line that says what ended main(). A traceback goes before it if nobody foresaw it."""
+    text, updating = one_line(error), Progress.now and Progress.now.updating
     if isinstance(error, InputError):
-        return str(error) + left
+        return str(error)
     if isinstance(error, Stopped):
-        by = signal.Signals(error.args[0]).name if error.args[0] else "another process"
-        return f"stopped by {by}: {Stopped.left}".removesuffix(": ")
+        return f"stopped by {signal.Signals(error.args[0]).name}"
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in text:
         text = "out of memory: try a lower --batch-size or --size, or --recompute"
     elif WORLD > 1 and ("gloo" in text or isinstance(error, dist.DistError)):
@@ -488,23 +437,21 @@ def explain(error):
     elif isinstance(error, (ConnectionError, EOFError)) or "DataLoader worker" in str(error):
         text = f"a worker that loads photos failed: try fewer --workers, or 0 ({text})"
     elif not isinstance(error, OSError):
-        traceback.print_exception(type(error), error, error.__traceback__)
-    where = f"in step {progress.updating}: " if progress and progress.updating else ""
-    return where + text + left
+        traceback.print_exception(error)
+    return f"in step {updating}: {text}" if updating else text
 
 
 def run(main):
     """A script's main(), with what a user can mend as one line on stderr instead of a traceback."""
-    with suppress(AttributeError, OSError, ValueError):     # no limit on Windows, others may refuse
+    with suppress(AttributeError, OSError, ValueError):     # Windows has no limit; some are fixed
         hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]    # workers send tensors as open files
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     null = 0
     while null < 3:                                     # no file of ours is a closed stdout's
         null = os.open(os.devnull, os.O_RDWR)
     sys.stdout, sys.stderr = (io.TextIOWrapper(
-        io.BufferedWriter(Screen(target, "w", closefd=False)), getattr(stream, "encoding", None),
-        "backslashreplace", line_buffering=True)
-        for target, stream in ((null if RANK else 1, sys.stdout), (2, sys.stderr)))
+        io.BufferedWriter(Screen(number, "w", closefd=False)), errors="backslashreplace",
+        line_buffering=True) for number in (null if RANK else 1, 2))
     for number in (signal.SIGINT, signal.SIGTERM):      # a parent process may have them ignored
         signal.signal(number, on_signal)
     with suppress(AttributeError):                      # a closed terminal's; nohup ignores it
@@ -518,13 +465,18 @@ def run(main):
     except SystemExit as end:                           # argparse's
         code = end.code
     except BaseException as error:
-        text = f"{Path(sys.argv[0]).name}: {explain(error)}"
-        code = 128 + error.args[0] if isinstance(error, Stopped) and error.args[0] else 1
-        if RANK == 0 or not isinstance(error, Stopped):
+        if Progress.now and not Progress.now.updating:
+            with suppress(Exception):                   # a full disk: the state before stays
+                Progress.now.save()
+        left = f" ({Stopped.left})" if Stopped.left else ""
+        text = f"{Path(sys.argv[0]).name}: {explain(error)}{left}"
+        code = 128 + error.args[0] if isinstance(error, Stopped) else 1
+        if RANK == 0 or code == 1:
             print(text, file=sys.stderr)
         if "TORCHELASTIC_ERROR_FILE" in os.environ:     # what torchrun says at its end
             Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(
                 json.dumps(dict(message=text, timestamp=int(time.time()))))
         if WORLD > 1:
-            os._exit(code)                              # waits for no other process
+            time.sleep(1)                               # the others still receive what it has sent
+            os._exit(code)                              # and it waits for none of them
     sys.exit(code)

@@ -25,8 +25,7 @@ import align_features
 import finetune
 from model import ATTENTION, Architecture, Operator, ViT, linear_attention
 from model import load_vit, read_weights, save_vit
-from support import photos
-from support.photos import Draws, read_image
+from support.photos import read_image
 from support.runs import InputError
 
 torch.set_num_threads(1)                                # small tensors: more threads only wait
@@ -92,8 +91,7 @@ def refusal(call, *args, **more):
     return str(caught.value)
 
 
-# --------------------------------------------------------------------------------------------------
-# The three stages on tiny random ViTs and photos
+# ---- The three stages on tiny random ViTs and photos
 
 ARCH = Architecture(64, 2, 2, 128, patch=8, grid=(4, 4), registers=1, layerscale=True)
 STAGES = align_attention, align_features, finetune
@@ -167,17 +165,14 @@ def middle(path):
 
 
 class Mine(Operator):
-    """An operator of one's own with its own parameters: linear attention and a 3 x 3 conv on V."""
+    """An operator of one's own with its own parameters: linear attention, channels of V scaled."""
 
     def __init__(self, arch):
         super().__init__(arch)
-        self.conv = nn.Conv2d(arch.width, arch.width, 3, padding=1, groups=arch.width)
+        self.scale = nn.Parameter(torch.ones(arch.width // arch.heads))
 
     def forward(self, q, k, v, grid):
-        prefix, patches = v.tensor_split([v.shape[2] - grid[0] * grid[1]], dim=2)
-        image = patches.transpose(2, 3).flatten(1, 2).unflatten(2, grid)    # (B, C, rows, columns)
-        local = self.conv(image).flatten(2).unflatten(1, v.shape[1:4:2]).mT
-        return linear_attention(q, k, v) + torch.cat([torch.zeros_like(prefix), local], dim=2)
+        return linear_attention(q, k, v * self.scale)
 
 
 @pytest.fixture
@@ -188,53 +183,40 @@ def mine(monkeypatch):
     monkeypatch.setitem(ATTENTION, "lower", lower)
 
 
-@pytest.fixture
-def drawn(monkeypatch):
-    """drawn(stage) -> a list that will hold the Draws of that stage's main(), in order."""
-    def watch(stage):
-        made = []
-        where = stage if hasattr(stage, "Draws") else photos
-        monkeypatch.setattr(where, "Draws", lambda *args: made.append(Draws(*args)) or made[-1])
-        return made
-    return watch
-
-
 @pytest.fixture(scope="session")
 def files(tmp_path_factory):
     """teacher.safetensors, photos/, classify/ and segment/ (ids 0, 7 and 255). Only to be read."""
     folder, random = tmp_path_factory.mktemp("files"), np.random.default_rng(0)
     save_vit(random_vit(), folder / "teacher.safetensors")
 
-    def photo(path, rows, columns, tint=(1, 1, 1), bright=None):
-        pixels = random.integers(0, 160, (rows, columns, 3)) * np.array(tint)
-        if bright:
-            pixels[bright] += 95
+    def write(path, pixels):
         path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(pixels.astype(np.uint8)).save(path)
+        Image.fromarray(np.uint8(pixels)).save(path)
+
+    def noise(*shape):
+        return random.integers(0, 160, shape)
 
     for i in range(12):                 # of both orientations and formats, in folders of folders
-        photo(folder / f"photos/album{i % 3}/{i}.{('jpg', 'png')[i % 2]}",
-              *((40, 48) if i % 4 else (48, 40)))
-    grey = random.integers(0, 256, (40, 48), dtype=np.uint8)
-    Image.fromarray(grey).save(folder / "photos/grey.png")
-    for part, n in (("train", 8), ("val", 5)):
-        (folder / "segment" / part / "masks").mkdir(parents=True)
+        path = folder / f"photos/album{i % 3}/{i}.{('jpg', 'png')[i % 2]}"
+        write(path, noise(40, 48, 3) if i % 4 else noise(48, 40, 3))
+    write(folder / "photos/grey.png", noise(40, 48))
+    for part, n, shape in (("train", 8, (40, 48)), ("val", 5, (SIZE, SIZE))):
         for i in range(n):
-            photo(folder / f"classify/{part}/blue/{i}.jpg", 40, 48, (0.2, 0.4, 1))
-            photo(folder / f"classify/{part}/red/{i}.jpg", 40, 48, (1, 0.4, 0.2))
-            rows, columns = (40, 48) if part == "train" else (SIZE, SIZE)
-            left = random.integers(0, columns // 2)
-            area = slice(8, 8 + rows // 2), slice(left, left + columns // 2)
-            photo(folder / f"segment/{part}/images/{i}.jpg", rows, columns, bright=area)
-            mask = np.zeros((rows, columns), dtype=np.uint8)
+            write(folder / f"classify/{part}/blue/{i}.jpg", noise(40, 48, 3) * (0.2, 0.4, 1))
+            write(folder / f"classify/{part}/red/{i}.jpg", noise(40, 48, 3) * (1, 0.4, 0.2))
+            pixels, mask = noise(*shape, 3), np.zeros(shape)
+            left = random.integers(0, shape[1] // 2)
+            area = slice(8, 8 + shape[0] // 2), slice(left, left + shape[1] // 2)
+            pixels[area] += 95
             mask[area], mask[:2] = 7, 255
-            Image.fromarray(mask).save(folder / f"segment/{part}/masks/{i}.png")
+            write(folder / f"segment/{part}/images/{i}.jpg", pixels)
+            write(folder / f"segment/{part}/masks/{i}.png", mask)
     return folder
 
 
 @pytest.fixture(scope="session")
 def chain(files, tmp_path_factory):
-    """A folder with teacher.safetensors, one/ (stage 1) and two/ (stage 2 on its student)."""
+    """teacher.safetensors, one/ (stage 1) and two/ (stage 2 on its student). Only to be read."""
     out = tmp_path_factory.mktemp("chain")
     shutil.copy(files / "teacher.safetensors", out)
     brief(align_attention, files, out / "one")
