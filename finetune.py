@@ -95,8 +95,7 @@ def parse(argv):
     return args
 
 
-# --------------------------------------------------------------------------------------------------
-# Heads and scores
+# ---- Heads and scores
 
 def features_of(vit, images, task):
     """uint8 images (B, 3, height, width) -> what a head reads. segment: patches (B, rows, columns,
@@ -234,8 +233,7 @@ def evaluate(vit, head, batches, task, classes, device, dtype=torch.float32):
     return iou.nanmean().item(), iou.tolist()
 
 
-# --------------------------------------------------------------------------------------------------
-# One of --weights: load, train, score
+# ---- One of --weights: load, train, score
 
 def load_backbone(spec, from_scratch):
     """FILE, NAME, NAME=FILE, each may end in :OPERATOR -> (ViT, what of that is read, if anything,
@@ -429,8 +427,7 @@ def draw(vit, head, views, classes, read, source, path, device):
     draw_segments(photos, truths, guesses, classes, path)
 
 
-# --------------------------------------------------------------------------------------------------
-# --predict, main
+# ---- --predict, main
 
 @torch.no_grad()
 def predict(args, device, dtype):

@@ -39,8 +39,7 @@ except ImportError:                                     # Triton comes with torc
     linear_triton = None
 
 
-# --------------------------------------------------------------------------------------------------
-# Attention: q, k, v, each (B, H, N, D) -> (B, H, N, D), same dtype. Each slow definition is
+# ---- Attention: q, k, v, each (B, H, N, D) -> (B, H, N, D), same dtype. Each slow definition is
 # followed by its fast form. The tests compare the two.
 
 def softmax_reference(q, k, v):
@@ -149,8 +148,7 @@ ATTENTION = {                                           # name -> Operator, give
 }
 
 
-# --------------------------------------------------------------------------------------------------
-# The network. Modules and tensors have timm's names, which are DINOv2's but for the registers.
+# ---- The network. Modules and tensors have timm's names, which are DINOv2's but for the registers.
 
 @dataclass(frozen=True)
 class Architecture:
@@ -277,9 +275,9 @@ class ViT(nn.Module):
         if attention not in ATTENTION:
             raise InputError(f"attention '{attention}' is unknown: expected {', '.join(ATTENTION)}")
         self.arch, self.attention, self.header, self.recompute = arch, attention, {}, False
-        bias = not arch.norm_pre                        # CLIP's patches have none
-        self.patch_embed = nn.ModuleDict(               # for its name, patch_embed.proj
-            {"proj": nn.Conv2d(3, arch.width, arch.patch, stride=arch.patch, bias=bias)})
+        self.patch_embed = nn.Module()                  # for its name, patch_embed.proj
+        self.patch_embed.proj = nn.Conv2d(3, arch.width, arch.patch, stride=arch.patch,
+                                          bias=not arch.norm_pre)       # CLIP has none
         if arch.position != "rotary":
             rows = arch.grid[0] * arch.grid[1] + arch.cls_position
             self.pos_embed = nn.Parameter(torch.zeros(1, rows, arch.width))
@@ -311,11 +309,8 @@ class ViT(nn.Module):
         return height // patch, width // patch
 
     def positions(self, grid):
-        """The position table for a grid: CLS's row (1, 0 or 1, C) and the patches' (1, P, C).
-
-        Rows are resized, then columns, each time as an image whose other axis holds the rest. A GPU
-        takes milliseconds for both at once, because one thread loops over all channels.
-        """
+        """The position table for a grid: CLS's row (1, 0 or 1, C) and the patches' (1, P, C). Rows
+        are resized, then columns; both at once take a GPU milliseconds."""
         arch, dtype = self.arch, self.pos_embed.dtype
         cls, table = self.pos_embed.tensor_split([int(arch.cls_position)], dim=1)
         if grid == tuple(arch.grid):
@@ -333,7 +328,7 @@ class ViT(nn.Module):
     def embed(self, images):
         """Normalised images (B, 3, height, width) -> tokens (B, N, C) before the blocks, grid."""
         grid = self.grid_of(*images.shape[2:])
-        x = self.patch_embed["proj"](images).flatten(2).transpose(1, 2)     # -> (B,P,C) row by row
+        x = self.patch_embed.proj(images).flatten(2).transpose(1, 2)     # -> (B,P,C) row by row
         tokens = [self.cls_token] if self.arch.cls else []
         tokens += [self.reg_token] if self.arch.registers else []
         if self.arch.position != "rotary":
@@ -355,8 +350,7 @@ class ViT(nn.Module):
         return self.norm(x)
 
 
-# --------------------------------------------------------------------------------------------------
-# Weights: known names, reading, swapping the operator, writing
+# ---- Weights: known names, reading, swapping the operator, writing
 
 HUB = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
 SIZES = {"tiny": (192, 12), "small": (384, 12), "base": (768, 12), "large": (1024, 24)}
@@ -437,8 +431,8 @@ def weights_file(spec):
         return Path(spec), None
     name, _, file = str(spec).partition("=")
     if "_clip_224.openai" in name:
-        raise InputError(f"{name}: these weights need QuickGELU, which timm's model of this name "
-                         f"does not have: expected {name.replace('clip', 'clip_quickgelu')}")
+        raise InputError(f"{name}: timm's model of this name lacks the QuickGELU of its weights: "
+                         f"expected {name.replace('clip', 'clip_quickgelu')}")
     name = next((key for key in KNOWN if name in (key, key.partition(".")[0])), None)
     if name is None or name == "demo" and not file:     # the demo's file is in demo/, not online
         raise InputError(f"{spec} is neither a weight file nor a known name: expected a file, "
@@ -549,12 +543,11 @@ def linearize(model, attention="linear"):
 def load_pair(teacher, student=None, attention=None):
     """Stages 1 and 2: -> (softmax teacher, student to train, sha256 of the teacher's tensors).
     student: a file that this teacher aligned; None starts from the teacher's weights."""
-    theirs, digest = load_vit(teacher), hashlib.sha256()
+    theirs = load_vit(teacher)
     if theirs.attention != "softmax":
         raise InputError(f"{teacher} cannot teach: expected softmax, found {theirs.attention}")
-    for name, tensor in sorted(theirs.state_dict().items()):
-        digest.update(name.encode() + tensor.numpy().tobytes())
-    digest = digest.hexdigest()
+    digest = hashlib.sha256(b"".join(name.encode() + tensor.numpy().tobytes() for name, tensor
+                                     in sorted(theirs.state_dict().items()))).hexdigest()
     if student is None:
         return theirs, linearize(theirs, attention or "linear"), digest
     ours = load_vit(student)
