@@ -2,9 +2,9 @@
 # The study on real weights. Each row is one command, and goes on after a stop:
 #   WEIGHTS=vit_small_patch14_dinov2=vits14.safetensors PHOTOS="imagenette160 voc2012" \
 #     PROBE=imagenette160 VOC=voc2012 bash results/study.sh linear_conv 0       # ROW SEED
-# ROW is "teacher", or an operator and what its ViT went through:
-#   linear (stages 1 + 2)    linear-sizes (the same at 224, 336 and 448 pixels)    linear-one (stage 1)
-#   linear-two (stage 2 alone)    linear-none (the swap alone)    linear-scratch (random weights)
+# ROW is "teacher", or an operator and what its ViT went through: linear (stages 1 + 2),
+# linear-sizes (the same at 224, 336 and 448 pixels), linear-one (stage 1), linear-two (stage 2
+# alone), linear-none (the swap alone), linear-scratch (random weights).
 # PHOTOS: folders to align on. PROBE: train/CLASS/, val/CLASS/. VOC: train/images, train/masks, ...
 # STEPS of BATCH photos in each stage, TUNED steps of BATCH photos for a tuned backbone.
 # PARTS: sizes (agreement with the teacher at each size), frozen and tuned (scores). After all rows:

@@ -104,9 +104,10 @@ def efficiency(device="cpu"):
                 if row["name"] in ("softmax", "linear", "linear_conv") and row["images_per_s"]]
         pixels = list(dict.fromkeys(row["pixels"] for row in rows))
         for name in dict.fromkeys(row["name"] for row in rows):
-            cells = {row["pixels"]: f"{float(row['images_per_s']):.2f} ({1 / float(row['ratio']):.2f}x)"
-                     for row in rows if row["name"] == name}
-            lines.append([f"{name}, {dtype}", *(cells[p] for p in pixels)])
+            of_name = {row["pixels"]: row for row in rows if row["name"] == name}
+            lines.append([f"{name}, {dtype}", *(
+                f"{float(of_name[p]['images_per_s']):.2f} ({1 / float(of_name[p]['ratio']):.2f}x)"
+                for p in pixels)])
     return table(["ViT-S/14, batch 1", *(f"{p} px" for p in pixels)], lines)
 
 
