@@ -87,11 +87,9 @@ def linear_attention(q, k, v, phi=elu_plus_one):
 
 
 class Operator(nn.Module):
-    """How a block attends. A new one is a subclass, and a line in ATTENTION.
-
-    function: (q, k, v) -> out, for an operator that is no more than that. bias_shift: stage 1 adds
-    it to the biases of q and k before it trains, so that phi starts where it is exponential.
-    """
+    """How a block attends. A new one is a subclass, and a line in ATTENTION. function: (q, k, v) ->
+    out, for an operator that is no more than that. bias_shift: stage 1 adds it to the biases of q
+    and k before it trains, so that phi starts where it is exponential."""
 
     def __init__(self, arch, function=None, bias_shift=0.0):
         super().__init__()
@@ -297,9 +295,9 @@ class ViT(nn.Module):
 
     def normalize(self, images):
         """uint8 images (B, 3, height, width) -> as the weights expect them, in their dtype."""
-        mean = torch.tensor(self.arch.mean, device=images.device).view(3, 1, 1)
-        std = torch.tensor(self.arch.std, device=images.device).view(3, 1, 1)
-        return ((images / 255 - mean) / std).to(self.norm.weight.dtype)
+        channels = zip((images / 255).unbind(1), self.arch.mean, self.arch.std)
+        images = torch.stack([(channel - mean) / std for channel, mean, std in channels], dim=1)
+        return images.to(self.norm.weight.dtype)
 
     def grid_of(self, height, width):
         """Image height and width in pixels -> (rows, columns) of patches."""
