@@ -201,22 +201,22 @@ def main(argv=None):
     train, held_out = loaders(args, source, held_out, saved["step"] if saved else 0)
     few = next(iter(held_out))              # one held-out batch, for the log and the picture
     pair = few[:2].to(device)
-    grid = teacher.grid_of(*pair.shape[2:])
-    queries = [grid[0] * n // 8 * grid[1] + grid[1] * n // 8 for n in (2, 4, 6)]
+    rows, columns = teacher.grid_of(*pair.shape[2:])
+    queries = [rows * n // 8 * columns + columns * n // 8 for n in (2, 4, 6)]
 
     kept = saved["kept"] if saved else dict(
         before=relative_error(teacher, student, held_out, device, dtype),
         maps=attention_maps(teacher, [teacher, student], pair, queries))
-    if args.student is None:
+    if args.student is None:                            # after "before", which is the bare swap
         exponential_start(student)
     progress = Progress(args, out, saved, kept, student=student, optimizer=optimizer,
                         schedule=schedule, scaler=scaler)
     for step, images in progress.steps(train):
-        x, shape = first_tokens(teacher, images.to(device, non_blocking=True), dtype)
+        x, grid = first_tokens(teacher, images.to(device, non_blocking=True), dtype)
         losses = []
         for theirs, ours in zip(teacher.blocks, student.blocks):
-            x, error, scale = align(theirs, ours, x, shape, dtype)      # attention alignment
-            loss = error / mean_over_processes(scale)
+            x, error, scale = align(theirs, ours, x, grid, dtype)       # attention alignment
+            loss = error / mean_over_processes(scale)   # error's mean is that of its gradients
             scaler.scale(loss).backward()               # now: memory holds one block's activations
             losses.append(loss.detach())
         average_gradients(parameters)                   # over torchrun's processes
@@ -250,7 +250,7 @@ def main(argv=None):
         print("Stage 1 did not help: its mean error is not below 1 and below what it was. Train "
               "for more --steps, or lower --lr.")
     maps = torch.cat([kept["maps"].to(device), attention_maps(teacher, [student], pair, queries)])
-    show(draw_attention, maps, pair, queries, grid, out / "attention.png")
+    show(draw_attention, maps, pair, queries, (rows, columns), out / "attention.png")
     progress.finish()
     print(f"wrote {out / 'student.safetensors'}")
 

@@ -187,7 +187,7 @@ def main(argv=None):
     scaler = torch.amp.GradScaler(device, 2.0 ** 12, enabled=dtype == torch.float16)
 
     teacher, student, digest = load_pair(args.teacher, args.student, args.attention)
-    alone = student.header.get("stage") in (None, "features")
+    without_stage_1 = student.header.get("stage") in (None, "features")
     args.size = args.size or [teacher.arch.pixels[0]]
     for size in args.size:
         teacher.grid_of(size, size)                     # a multiple of the patch, or an InputError
@@ -240,7 +240,8 @@ def main(argv=None):
         if step % args.every == 0:
             progress.log(held_out=measure(student, few)["whitened_error"])
 
-    facts = dict(stage="features" if alone else "attention+features", teacher=digest, training={
+    stage = "features" if without_stage_1 else "attention+features"
+    facts = dict(stage=stage, teacher=digest, training={
         key: getattr(args, key) for key in ("loss", "size", "steps", "batch_size", "lr", "seed")})
     save_vit(student, out / "student.safetensors", **facts)
     before, after = kept["before"], measure(student.eval(), held_out)

@@ -37,9 +37,9 @@ from model import ATTENTION, KNOWN, Block, ViT, linearize, load_vit, read_weight
 from model import weights_file
 from support.labels import IGNORE, PALETTE, by_shape, draw_segments, load_data, read_item, views_of
 from support.photos import Draws, find_images, names, permutation, read_image
-from support.runs import RANK, WORLD, InputError, Progress, autocast, average_gradients, bar
-from support.runs import device_and_dtype, graphed, leave_signals, mean_over_processes, open_out
-from support.runs import parse_args, run, show, warmup_cosine, widen, write_whole
+from support.runs import RANK, WORLD, InputError, Progress, Stopped, autocast, average_gradients
+from support.runs import bar, device_and_dtype, graphed, leave_signals, mean_over_processes
+from support.runs import open_out, parse_args, run, show, warmup_cosine, widen, write_whole
 
 
 DEFAULTS = dict(steps=2000, batch_size=32)
@@ -58,7 +58,8 @@ POINTS = 4
 
 
 def parse(argv):
-    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter,
+                            add_help=False)
     flag = parser.add_argument
     flag("--task", choices=("classify", "segment"), help="(default: classify)")
     flag("--weights", nargs="+", help="files, known names or NAME=FILE, each may end in :OPERATOR "
@@ -75,6 +76,7 @@ def parse(argv):
          f"head; with --freeze the head's (default: {RATE}, from scratch {SCRATCH_RATE}, frozen "
          "by kind of head)")
     known = parser.parse_known_args(argv)[0]
+    flag("-h", "--help", action="help", help="show this and exit")      # once all flags are known
     args = parse_args(parser, argv, "runs/predict" if known.predict else "runs/finetune",
                       *(PREDICT, PREDICT) if known.predict else (DEFAULTS, DEMO))
     for name in ("task", "data", "head", "ignore", "freeze", "from_scratch", "lr"):
@@ -259,13 +261,12 @@ def begin_row(spec, args, classes, ids):
     vit, file, stage = load_backbone(spec, args.from_scratch)
     torch.manual_seed(args.seed)                        # the same head for each row
     head = make_head(vit.arch, args.task, len(classes), args.head, vit.attention)
-    tensors, header = read_weights(weights_file(file)[0]) if file else ({}, {})
-    theirs = [header.get("task"), header.get("classes"), header.get("ids", ids),
-              header.get("head_kind", "linear")]
+    theirs = [vit.header.get("task"), vit.header.get("classes"), vit.header.get("ids", ids),
+              vit.header.get("head_kind", "linear")]
     its_own = theirs == [args.task, classes, ids, args.head]
     if its_own:
-        load_head(head, tensors, spec)
-    if "classes" in header:
+        load_head(head, read_weights(weights_file(file)[0])[0], spec)
+    if "classes" in vit.header:
         print(f"{spec}: its head is " + ("kept" if its_own else f"not kept, it is {theirs}"))
     return vit, head, stage, its_own
 
@@ -379,7 +380,8 @@ def fine_tune(spec, args, data, out, saved, kept, device, dtype):
             most = args.steps * args.batch_size if args.freeze else HEAD_PHOTOS
             drawn = permutation(len(source), args.seed, 0)[:min(most, args.steps * args.batch_size)]
             view = partial(whole, points=POINTS) if segment else whole
-            photos = loader(Draws(Subset(source, sorted(drawn.tolist())), read, view))
+            photos = loader(Draws(Subset(source, sorted(drawn.tolist())), read, view),
+                            batch_size=args.batch_size)     # items in one order, whatever WORLD is
             found, seen = (cached(vit, part, task, device, dtype) for part in (photos, held_out))
             items = [item for batch in found for group in batch for item in zip(*group)]
             draws = Draws(items, tuple, tuple, args.seed)
@@ -411,20 +413,17 @@ def fine_tune(spec, args, data, out, saved, kept, device, dtype):
         checkpoint=str(checkpoint), arguments=vars(args), **facts))
     write_whole(out / "metrics.json", kept["rows"])
     if segment:
-        show(draw, vit, head, shown, classes, read, val_source, out / f"{i}-segment.png", device)
+        show(picture, vit, head, shown, classes, out / f"{i}-segment.png", device)
 
 
 @torch.no_grad()
-def draw(vit, head, views, classes, read, source, path, device):
+def picture(vit, head, held_out, classes, path, device):
     """Eight held-out photos from all over the set, their masks, and what the head says of them."""
-    photos, truths, guesses = [], [], []
-    for i in range(0, len(source), math.ceil(len(source) / 8)):
-        photo, truth = read(source[i])
-        logits = logits_of(vit, head, views[i][0][None].to(device), "segment")
-        photos.append(photo)
-        truths.append(truth)
-        guesses.append(upsampled_classes(logits, truth.shape)[0].cpu())
-    draw_segments(photos, truths, guesses, classes, path)
+    items = [held_out[i] for i in range(0, len(held_out), math.ceil(len(held_out) / 8))]
+    logits = [logits_of(vit, head, photo[None].to(device), "segment") for photo, _ in items]
+    guesses = [upsampled_classes(logit, mask.shape)[0].cpu()
+               for logit, (_, mask) in zip(logits, items)]
+    draw_segments(*zip(*items), guesses, classes, path)
 
 
 # ---- --predict, main
@@ -512,7 +511,9 @@ def main(argv=None):
     for spec in args.weights[len(kept["rows"]):]:
         fine_tune(spec, args, data, out, saved, kept, device, dtype)
         saved = None                                    # it was of the row that had been stopped
-    (out / "state.pt").unlink(missing_ok=True)
+    Stopped.left = ""
+    if RANK == 0:
+        (out / "state.pt").unlink(missing_ok=True)
 
     rows = kept["rows"]
     if segment:

@@ -50,7 +50,7 @@ def softmax_reference(q, k, v):
 
 def elu_plus_one(x):
     """phi(x) = 1 + ELU(x) (Katharopoulos et al. 2020): exp(x) below 0, 1 + x above. The clamp keeps
-    it above 0 in every dtype, where 1 + F.elu(x) would be 0 in bfloat16 below -6."""
+    it above 0 in bfloat16, too, where 1 + F.elu(x) would be 0 below -6."""
     return x.clamp(-30, 0).exp() + x.relu()
 
 

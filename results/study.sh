@@ -8,7 +8,7 @@
 # PHOTOS: folders to align on. PROBE: train/CLASS/, val/CLASS/. VOC: train/images, train/masks, ...
 # STEPS of BATCH photos in each stage, TUNED steps of BATCH photos for a tuned backbone.
 # PARTS: sizes (agreement with the teacher at each size), frozen and tuned (scores). After all rows:
-#   python results/tables.py collect runs/study
+#   python results/tables.py collect runs/study results/study.csv
 set -euo pipefail
 STEPS=${STEPS:-640} BATCH=${BATCH:-32} TUNED=${TUNED:-400} PARTS=${PARTS-sizes frozen tuned}
 row=$1 seed=$2 operator=${1%%-*} kind=${1#*-} out=runs/study/$1/seed$2
@@ -44,8 +44,10 @@ case $kind in
 esac
 if [[ $PARTS = *sizes* && $weights = *student.safetensors ]]; then
     for size in 224 336 448 672 1022; do
+        if [ -s $out/size-$size.txt ]; then continue; fi
         python align_features.py --teacher $WEIGHTS --student $weights --data $PHOTOS --steps 0 \
-            --size $size --batch-size 16 --dtype bfloat16 ${FLAGS-} | tee $out/size-$size.txt
+            --size $size --batch-size 16 --dtype bfloat16 ${FLAGS-} | tee $out/part.txt
+        mv $out/part.txt $out/size-$size.txt
     done
 fi
 if [[ $PARTS = *frozen* ]]; then

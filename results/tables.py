@@ -100,7 +100,7 @@ def efficiency(device="cpu"):
     """Images/s of ViT-S/14 at batch 1, and times fused softmax in the same run."""
     lines = []
     for dtype in ("float32", "bfloat16"):
-        rows = [row for row in read(f"bench-{device}-model-{dtype}-eager.csv")
+        rows = [row for row in read(f"bench-{device}-model-{dtype}.csv")
                 if row["name"] in ("softmax", "linear", "linear_conv") and row["images_per_s"]]
         pixels = list(dict.fromkeys(row["pixels"] for row in rows))
         for name in dict.fromkeys(row["name"] for row in rows):

@@ -296,6 +296,7 @@ class Progress:
     def __init__(self, args, out, saved, kept, **parts):
         self.args, self.out, self.kept, self.parts = args, out, kept, parts
         self.step, self.seconds, self.images, self.updating, self.row = 0, 0.0, 0, 0, {}
+        self.times = []                                 # of this process's steps
         self.file = io.BytesIO() if RANK else open(out / "log.jsonl", "ab")
         if saved:
             try:
@@ -346,6 +347,7 @@ class Progress:
         now, (then, step, images), steps = time.perf_counter(), self.told, self.args.steps
         self.step, self.updating = self.updating, 0
         self.seconds += now - self.start
+        self.times.append(now - self.start)
         self.row = dict(step=self.step, loss=loss, **row, seconds=round(self.seconds, 2))
         over, terminal = self.step == steps, sys.stderr.isatty()
         if RANK == 0 and (over or now > then + (0.5 if terminal else LINE_EVERY)):
@@ -376,11 +378,11 @@ class Progress:
             Stopped.left = f"the same command goes on from step {self.saved}, {where}"
 
     def summary(self):
-        """What the run took: time of a step, images a second, peak memory."""
+        """What the run took: time of a step (median), images a second, peak memory."""
+        step = sorted(self.times)[len(self.times) // 2] if self.times else math.inf
         memory = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else (
             resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1000 if resource else 0)
-        return (f"{self.seconds / max(1, self.step):.3f} s a step, "
-                f"{self.images / max(1e-9, self.seconds):.0f} images/s, "
+        return (f"{step:.3f} s a step, {self.images / max(1, self.step) / step:.0f} images/s, "
                 f"peak memory {memory / 1e9:.1f} GB")
 
     def finish(self):

@@ -35,7 +35,7 @@ def hedgehog_weights(q, k, own):
 
 WEIGHTS = {                     # a number for each query and key, given the operator's module, too
     "softmax": lambda q, k, own: (q @ k.mT / 8).exp(),                  # 8: the root of D
-    "linear": lambda q, k, own: (1 + F.elu(q)) @ (1 + F.elu(k)).mT,
+    "linear": lambda q, k, own: elu_plus_one(q) @ elu_plus_one(k).mT,
     "hedgehog": hedgehog_weights}
 WEIGHTS |= {"softmax_reference": WEIGHTS["softmax"], "linear_conv": WEIGHTS["linear"]}
 
