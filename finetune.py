@@ -20,6 +20,7 @@ It writes to --out: a checkpoint for each of --weights, metrics.json, log.jsonl,
 segment.png; with --predict a mask of each photo's own size, and the photo with it laid over.
 """
 import math
+import os
 import sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from functools import partial
@@ -447,6 +448,7 @@ def predict(args, device, dtype):
         found = find_images(given) if given.is_dir() else [given]
         photos += [(path, Path(path).relative_to(given) if given.is_dir() else given.name)
                    for path in found]
+    photos = [*{os.path.realpath(path): (path, name) for path, name in photos}.values()]
     if len({str(name) for _, name in photos}) < len(photos) and task == "segment":
         raise InputError("two photos of --predict have one name: give their folders one at a time")
     out = open_out(args, [spec, *args.predict])[0] if task == "segment" else None

@@ -412,8 +412,8 @@ def download(name):
     path = Path(torch.hub.get_dir(), "checkpoints", f"{repository}.safetensors")
     if path.exists():
         return path
+    path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(url, str(path))
         read_weights(path)                              # refuses a file that was cut
     except Exception as error:                          # networks fail in nearly any way
@@ -432,9 +432,9 @@ def weights_file(spec):
         raise InputError(f"{name}: timm's model of this name lacks the QuickGELU of its weights: "
                          f"expected {name.replace('clip', 'clip_quickgelu')}")
     name = next((key for key in KNOWN if name in (key, key.partition(".")[0])), None)
-    if name is None or name == "demo" and not file:     # the demo's file is in demo/, not online
-        raise InputError(f"{spec} is neither a weight file nor a known name: expected a file, "
-                         "NAME=FILE, or a name that `python model.py` lists")
+    if name is None or name == "demo" and not file:     # the demo's file is not online
+        raise InputError(f"'{spec}' is neither a weight file nor a known name: expected a file, a "
+                         "name that `python model.py` lists, or NAME=FILE (the demo: run it there)")
     return Path(file) if file else download(name), name
 
 
@@ -451,6 +451,8 @@ def read_weights(path):
                 return {name: file.get_tensor(name) for name in file.keys()}, header
         if start.lstrip().startswith(b"<"):
             raise ValueError("it is a web page, not the file that it may link to")
+        if start[:2] not in (b"PK", b"\x80\x02"):
+            raise ValueError("neither safetensors nor torch.save has written it")
         with open(path, "rb") as file:                  # of a path torch.load reads the suffix
             tree = torch.load(file, map_location="cpu", weights_only=True)
         tensors = {}                                    # {"model": {"a": 1}} -> {"model/a": 1}
@@ -489,9 +491,8 @@ def load_vit(spec):
 
     spec: a name in KNOWN (without its tag, the first), which is downloaded once; a file that
     save_vit wrote; or NAME=FILE for anybody else's, since tensors do not tell activation, eps, mean
-    and positions. Raises InputError for a file that is not readable, and for any tensor that is
-    missing, unexpected, mis-shaped, integer or not finite.
-    """
+    and positions. InputError: not readable, or a tensor missing, unexpected, mis-shaped, integer
+    or not finite."""
     path, name = weights_file(spec)
     tensors, header = read_weights(path)
     if not header and name is None:

@@ -58,6 +58,13 @@ def read_item(item, task, lookup=None, short=None):
     return read_image(item), tv_tensors.Mask(lookup[read_mask(item[-1]).long()])
 
 
+def lines_of(path):
+    """The lines of a text in UTF-8, with a byte-order mark or without, or PowerShell's UTF-16."""
+    data = Path(path).read_bytes()
+    wide = data[:2] in (b"\xff\xfe", b"\xfe\xff")
+    return data.decode("utf-16" if wide else "utf-8-sig", "replace").splitlines()
+
+
 def pairs(data, part, photos, masks, ends=("", ""), listed=None, **_):
     """A part of a folder that a row of LAYOUTS fits -> [(photo, mask), ...], none looked at."""
     top, below = Path(data, photos.format(part)), Path(data, masks.format(part))
@@ -66,9 +73,12 @@ def pairs(data, part, photos, masks, ends=("", ""), listed=None, **_):
     if again := sorted({*paths} - {*found.values()}):
         raise InputError(f"{again[0]} has the name of another photo: expected one a mask")
     if listed:
-        text = Path(data, listed.format(part)).read_text("utf-8-sig", "replace")
-        wanted = {*map(str.strip, text.splitlines())} - {""}
-    return [(found.get(name, top / name), below / f"{name.replace(*ends)}.png")
+        file = Path(data, listed.format(part))
+        wanted = {*map(str.strip, lines_of(file))} - {""}
+        if lost := sorted(wanted - found.keys()):
+            raise InputError(f"{file} names {len(lost)} photos that {top} lacks: {lost[:8]}; "
+                             "expected names without suffix, a line each")
+    return [(found[name], below / f"{name.replace(*ends)}.png")
             for name in sorted(wanted)]
 
 
@@ -82,7 +92,7 @@ def by_layout(data):
         if all(Path(data, path).exists() for path in needed):
             print(f"{data}: read as {layout}")
             names = row.get("names", "").split(", ")
-            names = own.read_text("utf-8-sig", "replace").splitlines() if own.exists() else names
+            names = lines_of(own) if own.exists() else names
             return *(pairs(data, part, **row) for part in parts), names, row
         expected.append(" ".join(dict.fromkeys(needed)))
     raise InputError(f"{data}, --task segment: expected in it {', or '.join(expected)}")
@@ -150,6 +160,8 @@ def load_data(data, task, ignore=None):
     if not 2 <= len(ids) <= 255 or not counts[:, ids].any(1).all():
         raise InputError(f"{data} has the ids {ids} besides {ignore}, which --ignore -1 counts: "
                          "expected 2 to 255 classes, and labels in each part")
+    if alone := [id for id in ids if not counts[:, id].all()]:
+        print(f"{data}: ids without a pixel in train or in val: {alone}")
     named = {id: name for id, name in enumerate(names) if names.count(name) == 1}
     return *parts, [named.get(id) or str(id) for id in ids], ids
 

@@ -60,13 +60,16 @@ def read_image(source, short=None):
 def find_images(folder):
     """Sorted paths of all images below a folder. A line says what was found, and what was left
     out: dot names, MASK_FOLDERS, folders of runs, and links in a circle."""
+    if not os.path.isdir(folder):
+        raise InputError(f"'{folder}' is no folder: expected one that holds images")
     found, left_out = [], []
-    for top, folders, files in os.walk(folder, followlinks=True):
+    for top, folders, files in os.walk(folder, followlinks=True,
+                                       onerror=lambda error: left_out.append(str(error))):
         for name in [*folders]:
             path = Path(top, name)
             circle = os.path.realpath(path) in map(os.path.realpath, path.parents)
             if (circle or name in MASK_FOLDERS or name.startswith(".")
-                    or (path / "run.json").exists()):
+                    or os.path.exists(path / "run.json")):
                 folders.remove(name)
                 left_out.append(str(path))
         for name in filter(is_image_file, files):
@@ -99,8 +102,11 @@ def names(source):
 
 
 def refuse_shared(train, held_out):
-    """InputError if both parts list a file, by whatever links."""
-    if shared := sorted({*names(train)} & {*names(held_out)}):
+    """InputError if both parts list a file, by whatever links, hard ones too."""
+    files = {os.stat(path)[1:3] for path in names(train) if os.path.exists(path)}
+    shared = [path for path in names(held_out)
+              if os.path.exists(path) and os.stat(path)[1:3] in files]
+    if shared:
         raise InputError(f"{len(shared)} photos are trained on and held out: {shared[:8]}")
 
 

@@ -74,6 +74,8 @@ def write_whole(path, content):
     try:
         part.write_bytes(content)
         part.replace(path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
     finally:
         part.unlink(missing_ok=True)
 
@@ -184,6 +186,8 @@ def parse_args(parser, argv, out, defaults, demo, sizes=False):
             raise InputError(f"--{key} {found}: expected {least} or more")
     if args.lr is not None and not 0 < args.lr < math.inf:
         raise InputError(f"--lr {args.lr}: expected a number above 0")
+    if args.seed.bit_length() > 63:
+        raise InputError(f"--seed {args.seed}: expected at most 63 bits")
     if args.batch_size % WORLD:
         raise InputError(f"--batch-size {args.batch_size}: expected a multiple of {WORLD}, one "
                          "part for each process")
@@ -363,10 +367,10 @@ class Progress:
 
     def save(self, due=0):
         """Write the step's line, and after the time `due` the state."""
-        if self.row:
-            self.file.write(json.dumps(self.row).encode() + b"\n")
+        row, self.row = self.row, {}
+        if row:
+            self.file.write(json.dumps(row).encode() + b"\n")
             self.file.flush()                           # for `tail -f`
-        self.row = {}
         if self.step > self.saved and time.perf_counter() >= due:
             state = dict(step=self.step, progress=(self.step, self.seconds, self.images),
                          parts={name: part.state_dict() for name, part in self.parts.items()},
@@ -414,9 +418,9 @@ def show(draw, *args, **more):
 def on_signal(number, _):
     """An update is finished first, and its state saved. A second signal ends at once."""
     signal.signal(number, signal.SIG_IGN if WORLD > 1 else signal.SIG_DFL)     # torchrun's is late
+    Progress.signal = number                            # steps() sees it, should the raise be lost
     if Progress.now is None:
         raise Stopped(number)
-    Progress.signal = number
 
 
 def leave_signals(_):
