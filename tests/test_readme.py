@@ -97,7 +97,7 @@ def test_the_lines_that_use_a_student_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names = {}
     exec(block("python use"), names)
-    assert names["tokens"].shape == (1, 65, 96)
+    assert names["tokens"].shape == (1, 1 + 28 ** 2, 96)
 
 
 def test_tables_are_those_of_the_results():
