@@ -87,6 +87,8 @@ def script():
 def found():
     run = subprocess.run([sys.executable, __file__], env=os.environ | {"TRITON_INTERPRET": "1"},
                          capture_output=True, text=True)
+    if "only 0-dimensional arrays can be converted" in run.stderr:
+        pytest.skip(f"Triton {triton.__version__}'s interpreter does not run with this numpy")
     assert run.returncode == 0, run.stderr
     return json.loads(run.stdout.splitlines()[-1]) | {"said": run.stdout}
 
