@@ -49,8 +49,9 @@ PREDICT = dict(steps=0, batch_size=1)
 ABLATION = ["demo/teacher.safetensors", "demo/teacher.safetensors:linear",
             "runs/attention/student.safetensors", "runs/features/student.safetensors"]
 RATE, SCRATCH_RATE = 3e-5, 1e-4             # peaks: of a tuned backbone; of one from random weights
-HEAD_RATES = {"classify": 1e-2, "linear": 3e-2, "mask": 1e-3}       # on frozen features, by head
-HEAD_DECAY = 1.0            # weight decay of a standardised head
+HEAD_RATES = {"classify": 3e-2, "linear": 3e-2, "mask": 1e-3}       # on frozen features, by head
+HEAD_DECAY = 0.1            # weight decay of a standardised head, and how many times --batch-size
+HEAD_BATCH = 16             # features are in its batch: they are cheap
 HEAD_LR = 10                # a tuned backbone's head learns this much faster than the backbone
 HEAD_PHOTOS = 2000          # at most, from which the head of a tuned backbone starts
 # The head of a frozen backbone learns from POINTS x POINTS pixels of the mask a patch, which is as
@@ -311,8 +312,9 @@ def train(spec, args, vit, head, draws, score, phase, out, saved, kept, device, 
     if not frozen:
         groups[0]["lr"] *= 1 if args.from_scratch else HEAD_LR
         groups.append(dict(params=[*vit.train().parameters()], lr=rate))
+    batch_size = args.batch_size
     if isinstance(head, nn.Sequential):                 # standardised
-        groups[0]["weight_decay"] = HEAD_DECAY
+        groups[0]["weight_decay"], batch_size = HEAD_DECAY, HEAD_BATCH * batch_size
     parameters = [p for group in groups for p in group["params"]]
     optimizer = torch.optim.AdamW(groups, weight_decay=0.01)
     schedule = warmup_cosine(optimizer, args.steps)
@@ -322,8 +324,8 @@ def train(spec, args, vit, head, draws, score, phase, out, saved, kept, device, 
         loss_of = torch.compile(task_loss, fullgraph=True, dynamic=False)
     progress = Progress(args, out, saved, kept, head=head, vit=nn.Identity() if frozen else vit,
                         optimizer=optimizer, schedule=schedule, scaler=scaler)
-    order = range(progress.step * args.batch_size + RANK, args.steps * args.batch_size, WORLD)
-    batches = DataLoader(draws, args.batch_size // WORLD, sampler=order, collate_fn=by_shape,
+    order = range(progress.step * batch_size + RANK, args.steps * batch_size, WORLD)
+    batches = DataLoader(draws, batch_size // WORLD, sampler=order, collate_fn=by_shape,
                          num_workers=0 if frozen else args.workers, pin_memory=device == "cuda",
                          worker_init_fn=leave_signals)
     for step, batch in progress.steps(batches):
@@ -378,8 +380,9 @@ def fine_tune(spec, args, data, out, saved, kept, device, dtype):
         kept["phase"], draws, trained = phase, Draws(source, read, crop, args.seed), head
         scored = partial(score, vit, head, held_out)
         if phase == "head":             # features of whole photos, computed once, of what is drawn
-            most = args.steps * args.batch_size if args.freeze else HEAD_PHOTOS
-            drawn = permutation(len(source), args.seed, 0)[:min(most, args.steps * args.batch_size)]
+            most = args.steps * args.batch_size * (1 if segment or its_own else HEAD_BATCH)
+            most = most if args.freeze else min(most, HEAD_PHOTOS)
+            drawn = permutation(len(source), args.seed, 0)[:most]
             view = partial(whole, points=POINTS) if segment else whole
             photos = loader(Draws(Subset(source, sorted(drawn.tolist())), read, view),
                             batch_size=args.batch_size)     # items in one order, whatever WORLD is
