@@ -301,8 +301,8 @@ def task_loss(vit, head, inputs, targets, task, dtype=torch.float32):
 
 
 def train(spec, args, vit, head, draws, score, phase, out, saved, kept, device, dtype):
-    """Phase "head": train a head on draws of features. Phase "all": head and ViT on draws of
-    photos. score: () -> (percent of the held-out part, ...). -> seconds."""
+    """Phase "head": train a head on features, [(input, target), ...]. Phase "all": head and ViT on
+    draws of photos. score: () -> (percent of the held-out part, ...). -> seconds."""
     frozen, task = phase == "head", args.task
     rate = HEAD_RATES[args.head if task == "segment" else task] if frozen else (
         SCRATCH_RATE if args.from_scratch else RATE)
@@ -325,6 +325,10 @@ def train(spec, args, vit, head, draws, score, phase, out, saved, kept, device, 
     progress = Progress(args, out, saved, kept, head=head, vit=nn.Identity() if frozen else vit,
                         optimizer=optimizer, schedule=schedule, scaler=scaler)
     order = range(progress.step * batch_size + RANK, args.steps * batch_size, WORLD)
+    if frozen and args.steps:                       # features: nothing of a draw is random but this
+        epochs = range(math.ceil(args.steps * batch_size / len(draws)))
+        epochs = torch.cat([permutation(len(draws), args.seed, epoch) for epoch in epochs])
+        order = epochs[torch.tensor(order, dtype=torch.long)].tolist()
     batches = DataLoader(draws, batch_size // WORLD, sampler=order, collate_fn=by_shape,
                          num_workers=0 if frozen else args.workers, pin_memory=device == "cuda",
                          worker_init_fn=leave_signals)
@@ -388,11 +392,11 @@ def fine_tune(spec, args, data, out, saved, kept, device, dtype):
                             batch_size=args.batch_size)     # items in one order, whatever WORLD is
             found, seen = (cached(vit, part, task, device, dtype) for part in (photos, held_out))
             items = [item for batch in found for group in batch for item in zip(*group)]
-            draws = Draws(items, tuple, tuple, args.seed)
+            draws = items
             if args.steps and not its_own and not segment:
                 trained = standardised(head, torch.stack([x for x, _ in items]).to(device, wide))
             elif args.steps and not its_own and args.head == "mask":
-                start = [draws[i][0].flatten(0, 1) for i in range(args.batch_size)]
+                start = [x.flatten(0, 1) for x, _ in items[::max(1, len(items) // args.batch_size)]]
                 head.whiten(torch.cat(start).to(device, wide))
             scored = partial(score, None, trained, seen)
         kept["seconds"] += train(spec, args, vit, trained, draws, scored, phase, out, saved, kept,
@@ -531,7 +535,7 @@ def main(argv=None):
     print(f"{' score':7s} attention   stage                weights")
     for row in rows:
         print(f"{row['score']:6.2f}  {row['attention']:11s} {row['stage']:20s} {row['weights']}")
-    print(f"wrote {out / 'metrics.json'}")
+    print(f"wrote {out / 'metrics.json'}, and for each row a checkpoint: {rows[0]['checkpoint']}")
 
 
 if __name__ == "__main__":

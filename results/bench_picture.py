@@ -46,4 +46,6 @@ def main(target, *tables):
 
 
 if __name__ == "__main__":
+    if len(sys.argv) < 3 or not sys.argv[1].endswith(".png"):
+        sys.exit(__doc__)
     main(*sys.argv[1:])

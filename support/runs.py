@@ -357,7 +357,7 @@ class Progress:
         if RANK == 0 and (over or now > then + (0.5 if terminal else LINE_EVERY)):
             left = tqdm.format_interval((steps - self.step) * (now - then) / (self.step - step))
             print(f"step {self.step}/{steps}  loss {loss:.4f}  lr {row.get('lr', 0):.1e}  "
-                  f"{(self.images - images) / (now - then):.0f} images/s  {left} left",
+                  f"{(self.images - images) / (now - then):.3g} images/s  {left} left",
                   end="   \r" if terminal and not over else "\n", file=sys.stderr, flush=True)
             self.told = now, self.step, self.images
 

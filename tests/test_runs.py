@@ -408,7 +408,7 @@ def test_a_line_is_due_every_30_seconds_and_a_state_after_120(tmp_path):
     said = Run(tmp_path, plan=plan).wait()[1]
     lines = [line.split("  ") for line in said.splitlines()]
     assert [line[0] for line in lines] == [f"step {step}/6" for step in (1, 2, 3, 4)]
-    assert lines[0][3:] == ["0 images/s", "02:40 left"] and "loss" in lines[0][1]
+    assert lines[0][3:] == ["0.125 images/s", "02:40 left"] and "loss" in lines[0][1]
     assert "\r" not in said and state_of(tmp_path)["step"] == 4
 
 
