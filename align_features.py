@@ -47,6 +47,7 @@ def parse(argv):
          help="of final tokens (default: whitened; the paper's: mse)")
     flag("--lr", type=float, help="peak learning rate; the better stage 1 was, the lower (default: "
          f"{DEFAULTS['lr']}, demo: {DEMO['lr']})")
+    flag("--recompute", action="store_true", help="blocks again in the backward pass: less memory")
     args = parse_args(parser, argv, "runs/features", DEFAULTS, DEMO, sizes=True)
     if args.teacher is None:
         raise InputError("--teacher is missing: with --data, name the softmax ViT to imitate")

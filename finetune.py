@@ -20,7 +20,6 @@ It writes to --out: a checkpoint for each of --weights, metrics.json, log.jsonl,
 segment.png; with --predict a mask of each photo's own size, and the photo with it laid over.
 """
 import math
-import os
 import sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from functools import partial
@@ -50,8 +49,8 @@ ABLATION = ["demo/teacher.safetensors", "demo/teacher.safetensors:linear",
             "runs/attention/student.safetensors", "runs/features/student.safetensors"]
 RATE, SCRATCH_RATE = 3e-5, 1e-4             # peaks: of a tuned backbone; of one from random weights
 HEAD_RATES = {"classify": 3e-2, "linear": 3e-2, "mask": 1e-3}       # on frozen features, by head
-HEAD_DECAY = 0.1            # weight decay of a standardised head, and how many times --batch-size
-HEAD_BATCH = 16             # features are in its batch: they are cheap
+HEAD_DECAY = 0.1            # is the weight decay of a standardised head
+HEAD_BATCH = 16             # times --batch-size are in its batch, because features are cheap
 HEAD_LR = 10                # a tuned backbone's head learns this much faster than the backbone
 HEAD_PHOTOS = 2000          # at most, from which the head of a tuned backbone starts
 # The head of a frozen backbone learns from POINTS x POINTS pixels of the mask a patch, which is as
@@ -74,6 +73,7 @@ def parse(argv):
     flag("--head", choices=HEADS, help="to segment (default: a checkpoint's own, else linear)")
     flag("--ignore", type=int, nargs="+", help="ids in masks that count nowhere, -1 for none "
          f"(default: {IGNORE} and the layout's)")
+    flag("--recompute", action="store_true", help="blocks again in the backward pass: less memory")
     flag("--lr", type=float, help=f"peak of a tuned backbone's rate, {HEAD_LR} times that for its "
          f"head; with --freeze the head's (default: {RATE}, from scratch {SCRATCH_RATE}, frozen "
          "by kind of head)")
@@ -455,7 +455,7 @@ def predict(args, device, dtype):
         found = find_images(given) if given.is_dir() else [given]
         photos += [(path, Path(path).relative_to(given) if given.is_dir() else given.name)
                    for path in found]
-    photos = [*{os.path.realpath(path): (path, name) for path, name in photos}.values()]
+    photos = [*{Path(path).resolve(): (path, name) for path, name in photos}.values()]
     if len({str(name) for _, name in photos}) < len(photos) and task == "segment":
         raise InputError("two photos of --predict have one name: give their folders one at a time")
     out = open_out(args, [spec, *args.predict])[0] if task == "segment" else None

@@ -169,7 +169,6 @@ def parse_args(parser, argv, out, defaults, demo, sizes=False):
     flag("--dtype", choices=("auto", "float64", "float32", "bfloat16", "float16"), default="auto",
          help="(default: auto, half precision where the device has it)")
     flag("--compile", action=argparse.BooleanOptionalAction, default=cuda, help="(default: a GPU)")
-    flag("--recompute", action="store_true", help="blocks again in the backward pass: less memory")
     flag("--seed", type=int, default=0, help="of photos, crops, flips and heads (default: 0)")
     flag("--out", default=out, help=f"folder to write (default: {out})")
     flag("--every", type=int, help="steps between held-out scores (default: ten times a run)")
