@@ -103,6 +103,7 @@ class Run:
         code = 99
         try:
             os.setsid()                                 # a group, as a shell gives a command
+            signal.signal(signal.SIGHUP, signal.SIG_DFL)    # the tests may run under nohup
             os.dup2(end, 1), os.dup2(end, 2)
             sys.argv = [str(word) for word in (name, *flags, "--out", out)]
             signal.alarm(60)                            # one that hangs ends, too
