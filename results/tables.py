@@ -3,8 +3,8 @@
     python results/tables.py                                    # prints them
     python results/tables.py collect runs/study results/study.csv       # makes a CSV from runs
 
-collect reads FOLDER/ROW/seedS/NAME/metrics.json and report.json, and size-PIXELS.txt, as study.sh
-and demo.sh leave them.
+collect reads FOLDER/ROW/seedS/NAME/metrics.json and report.json, as study.sh and demo.sh leave
+them.
 """
 import csv
 import json
@@ -25,11 +25,9 @@ def collect(folder, target):
         for file in sorted(seed.glob("*/report.json")):
             report = json.loads(file.read_text())
             found.append((*same, f"{file.parent.name} seconds", f"{report['seconds']:.0f}"))
-        for file in sorted(seed.glob("size-*.txt")):
-            for line in file.read_text().splitlines():
-                if line.startswith(("cls_cosine", "patch_cosine", "whitened_error")):
-                    measure, value = line.split()[:2]
-                    found.append((*same, f"{measure} {file.stem.removeprefix('size-')}", value))
+            if report["stage"] != "attention":          # stage 2's, of final tokens
+                found += [(*same, f"{file.parent.name} {measure}", f"{value:.4f}")
+                          for measure, value in report["after"].items() if value is not None]
     with open(target, "w", newline="") as out:
         writer = csv.writer(out, lineterminator="\n")
         writer.writerows([("row", "seed", "measure", "value"), *found])
