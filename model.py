@@ -520,7 +520,7 @@ def load_vit(spec):
                              f"{len(more)} unexpected ones, such as {more[:1]}")
         for key, tensor in tensors.items():
             if not tensor.is_floating_point() or not tensor.isfinite().all():
-                raise InputError(f"expected a floating-point tensor without NaN, not {key}")
+                raise InputError(f"{key} ({tensor.dtype}): expected finite floating-point numbers")
     except Exception as error:                          # names, shapes or kinds differ
         raise InputError(f"{path} does not fit {name or 'its header'}: {one_line(error)}") from None
     if name:

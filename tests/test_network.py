@@ -86,15 +86,20 @@ def test_a_vit_from_scratch_starts_small_and_its_norms_and_scales_at_one():
 
 
 @pytest.mark.parametrize("name", ATTENTION)
-def test_recomputing_gives_the_same_outputs_and_gradients_bit_for_bit(name):
-    vit, images, results, calls = randomise(ViT(TINY, name)), seeded(2, 3, 12, 12), [], []
-    vit.blocks[0].norm1.register_forward_hook(lambda *args: calls.append(vit.recompute))
-    for recompute in (False, True):
-        vit.recompute = recompute
+def test_compiled_and_recomputed_vits_have_the_outputs_and_gradients_of_eager(name):
+    vit, images, calls = randomise(ViT(replace(TINY, depth=1), name)), seeded(2, 3, 16, 20), []
+
+    def results(vit):                                   # the position table is resized
         tokens = vit(images)
-        results.append([tokens, *torch.autograd.grad(tokens.square().sum(), vit.parameters())])
-    assert all(map(torch.equal, *results))
-    assert calls == [False, True, True]                 # forward, and again in the backward pass
+        return [tokens, *torch.autograd.grad(tokens.square().sum(), [*vit.parameters()])]
+
+    eager = results(vit)
+    compiled = results(torch.compile(vit, fullgraph=True, backend="aot_eager"))
+    assert max(map(error, compiled, eager)) <= 1e-5     # float32 sums, decomposed in another order
+    vit.recompute = True
+    vit.blocks[0].norm1.register_forward_hook(lambda *args: calls.append(args))
+    assert all(map(torch.equal, results(vit), eager))
+    assert len(calls) == 2                              # forward, and again in the backward pass
 
 
 def test_linear_attention_gets_rotated_queries_and_keys_but_not_values():

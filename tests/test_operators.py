@@ -142,15 +142,6 @@ def test_twice_the_tokens_cost_a_linear_operator_twice_the_operations(name):
     assert costs[1] == costs[0] * (4 if name == "softmax_reference" else 2) > 0
 
 
-@every_name
-def test_vits_compile_without_a_break_and_with_the_gradients_of_eager(name):
-    vit, images, results = randomise(ViT(replace(TINY, depth=1), name)), seeded(2, 3, 16, 20), []
-    for call in (vit, torch.compile(vit, fullgraph=True, backend="aot_eager")):
-        tokens = call(images)                           # the position table is resized
-        results.append([tokens, *torch.autograd.grad(tokens.square().sum(), vit.parameters())])
-    assert max(map(error, *results)) <= 1e-5            # float32 sums, decomposed in another order
-
-
 def test_linear_conv_starts_bit_for_bit_linear():
     inputs = seeded(3, 2, 2, 17, 64)
     assert torch.equal(ATTENTION["linear_conv"](TWO)(*inputs, (3, 4)), linear_attention(*inputs))
