@@ -119,18 +119,12 @@ def test_imports_go_one_way():
 
 
 def test_files_and_packages_are_those_of_the_plan_and_no_line_is_wide():
-    packages = {re.split(r"[<>=]", line)[0]
-                for line in (ROOT / "requirements.txt").read_text().split()}
-    assert packages == {"torch", "torchvision", "safetensors", "tqdm", "pytest"}
+    assert {path.name for path in ROOT.glob("*.py")} == {*SCRIPTS, "model.py"}
+    packages = re.findall(r"^\w+", (ROOT / "requirements.txt").read_text(), re.M)
+    assert packages == ["torch", "torchvision", "safetensors", "tqdm", "pytest"]
     assert (ROOT / "demo/teacher.safetensors").stat().st_size <= 3_000_000
     for path in [*ROOT.glob("*.py"), *ROOT.glob("*/*.py"), *ROOT.glob("results/*.sh")]:
         wide = [i for i, line in enumerate(path.read_text().splitlines(), 1) if len(line) > 100]
         assert not wide, f"{path.name}: lines {wide} are wider than 100 columns"
-    for path in (ROOT / "results").glob("*.sh"):
-        assert subprocess.run(["bash", "-n", path]).returncode == 0, path.name
-    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
-    if listed.returncode:
-        pytest.skip("not a git checkout")
-    assert {path.split("/")[0] for path in listed.stdout.splitlines()} <= {
-        *SCRIPTS, "model.py", "support", "tests", "demo", "results", "README.md", "LICENSE",
-        "requirements.txt", ".gitignore", ".ci"}
+        if path.suffix == ".sh":
+            assert subprocess.run(["bash", "-n", path]).returncode == 0, path.name
