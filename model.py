@@ -10,7 +10,7 @@ This file holds what they share: first the network, up to class ViT, then pretra
 
 Every file uses these letters. The paper's symbol stands in brackets, where it has one.
     B  images in a batch                     C  width of a token [d]
-    N  tokens of an image [N]: 1 + R + P     H  attention heads
+    N  tokens of an image [N]: prefix + P    H  attention heads
     P  patches of an image                   D  width of a head, C / H
     R  register tokens                       phi  feature map of linear attention [phi]
     grid    (rows, columns) of patches       prefix  tokens before the patches: CLS, registers
@@ -63,10 +63,8 @@ def linear_reference(q, k, v, phi=elu_plus_one):
 def linear_plain(q, k, v, phi=elu_plus_one):
     """The same with its brackets moved, phi(q) (phi(k)^T v): O(N) time and memory, no N x N map.
 
-    phi must be positive. The paper does not publish its phi; here it is 1 + ELU, without scale and
-    eps. phi(q) is divided before the product, so that every dtype stays in its range. Sums over
-    tokens are float32, because float16 overflows at N = 785. float16 also multiplies in float32.
-    """
+    phi must be positive. The paper does not publish its phi; here it is 1 + ELU, no scale, no eps.
+    Sums over tokens are float32: float16 overflows at N = 785. So it multiplies in float32, too."""
     with torch.autocast(v.device.type, enabled=False):  # these dtypes are chosen, not inherited
         wide = torch.promote_types(v.dtype, torch.float32)
         work = wide if v.dtype == torch.float16 else v.dtype
@@ -122,7 +120,8 @@ class LinearConv(Operator):
 
 
 class Hedgehog(Operator):
-    """LoLCATS' learned map: phi(x) = cat(softmax(W x), softmax(-W x)), W starting at identity."""
+    """Linear attention with the learned phi of LoLCATs (arXiv 2410.10254), from Hedgehog's paper:
+    phi(x) = cat(softmax(W x), softmax(-W x)). W of each head starts at identity."""
 
     def __init__(self, arch):
         super().__init__(arch)
@@ -130,8 +129,8 @@ class Hedgehog(Operator):
         self.map_q, self.map_k = nn.Parameter(eye), nn.Parameter(eye.clone())   # (H, D, D)
 
     @staticmethod
-    def phi(x):
-        return torch.cat([x.softmax(-1), (-x).softmax(-1)], dim=-1).clamp(min=1e-12)    # D -> 2D
+    def phi(x):                                         # (B,H,N,D) -> (B,H,N,2D), never quite 0
+        return torch.cat([x.softmax(-1), (-x).softmax(-1)], dim=-1).clamp(min=1e-12)
 
     def forward(self, q, k, v, grid):
         return linear_attention(q @ self.map_q.mT, k @ self.map_k.mT, v, self.phi)
@@ -184,8 +183,7 @@ def rotate(x, grid):
     """Rotary positions of DINOv3 (arXiv 2508.10104): turn pairs of features by a patch's place.
 
     x: queries or keys (B, H, N, D) -> the same shape. Prefix tokens are not turned. Linear
-    attention gets them turned, too. Its weights then depend on more than the patches' offset.
-    """
+    attention gets them turned, too. Its weights then depend on more than the patches' offset."""
     rows, columns = (((torch.arange(n, device=x.device) + 0.5) / n) * 2 - 1 for n in grid)
     place = torch.cartesian_prod(rows, columns).unsqueeze(-1)           # (P, 2, 1)
     quarter = x.shape[-1] // 4
@@ -265,8 +263,7 @@ class ViT(nn.Module):
     """Pre-norm Vision Transformer of every family in FAMILIES.
 
     attention: a name in ATTENTION, the operator of all blocks. header: what the weight file says
-    of its origin. recompute: compute each block again in the backward pass, which saves memory.
-    """
+    of its origin. recompute: compute each block again in the backward pass, which saves memory."""
 
     def __init__(self, arch, attention="softmax"):
         super().__init__()
@@ -294,7 +291,8 @@ class ViT(nn.Module):
                 nn.init.zeros_(tensor)
 
     def normalize(self, images):
-        """uint8 images (B, 3, height, width) -> as the weights expect them, in their dtype."""
+        """uint8 images (B, 3, height, width) -> as the weights expect them, in their dtype. Mean
+        and std stay Python numbers: a CUDA graph could not copy them from the host."""
         channels = zip((images / 255).unbind(1), self.arch.mean, self.arch.std)
         images = torch.stack([(channel - mean) / std for channel, mean, std in channels], dim=1)
         return images.to(self.norm.weight.dtype)
@@ -351,7 +349,7 @@ class ViT(nn.Module):
 # ---- Weights: known names, reading, swapping the operator, writing
 
 HUB = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
-SIZES = {"tiny": (192, 12), "small": (384, 12), "base": (768, 12), "large": (1024, 24)}
+SIZES = {"tiny": (192, 12), "small": (384, 12), "base": (768, 12), "large": (1024, 24)}  # C, depth
 HALF = dict(mean=(0.5,) * 3, std=(0.5,) * 3)
 CLIP = dict(norm_pre=True, eps=1e-5, mean=(0.48145466, 0.4578275, 0.40821073),
             std=(0.26862954, 0.26130258, 0.27577711))
@@ -520,7 +518,7 @@ def load_vit(spec):
                              f"{len(more)} unexpected ones, such as {more[:1]}")
         for key, tensor in tensors.items():
             if not tensor.is_floating_point() or not tensor.isfinite().all():
-                raise InputError(f"expected a floating-point tensor without NaN, not {key}")
+                raise InputError(f"{key} ({tensor.dtype}): expected finite floating-point numbers")
     except Exception as error:                          # names, shapes or kinds differ
         raise InputError(f"{path} does not fit {name or 'its header'}: {one_line(error)}") from None
     if name:
@@ -545,8 +543,10 @@ def load_pair(teacher, student=None, attention=None):
     theirs = load_vit(teacher)
     if theirs.attention != "softmax":
         raise InputError(f"{teacher} cannot teach: expected softmax, found {theirs.attention}")
-    digest = hashlib.sha256(b"".join(name.encode() + tensor.numpy().tobytes() for name, tensor
-                                     in sorted(theirs.state_dict().items()))).hexdigest()
+    content = hashlib.sha256()
+    for name, tensor in sorted(theirs.state_dict().items()):
+        content.update(name.encode() + tensor.numpy().tobytes())
+    digest = content.hexdigest()
     if student is None:
         return theirs, linearize(theirs, attention or "linear"), digest
     ours = load_vit(student)
@@ -573,7 +573,7 @@ def save_vit(model, path, head=None, **facts):
 
 if __name__ == "__main__":
     print(f"{'name (without tag: the first)':50s} M params  patch  pixels  licence")
-    for name, arch in list(KNOWN.items())[1:]:
+    for name, arch in list(KNOWN.items())[1:]:          # without the demo's
         with torch.device("meta"):
             size = sum(p.numel() for p in ViT(arch).parameters()) / 1e6
         licence = LICENCES.get(name.partition(".")[2], "apache-2.0")

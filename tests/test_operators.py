@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 import model
 from conftest import TINY, error, randomise, refusal, same, seeded, varying
@@ -42,21 +42,16 @@ WEIGHTS |= {"softmax_reference": WEIGHTS["softmax"], "linear_conv": WEIGHTS["lin
 
 @pytest.mark.parametrize("images, prefix, grid", [(2, 0, (4, 5)), (1, 5, (7, 3)), (2, 1, (1, 9))])
 @pytest.mark.parametrize("name", WEIGHTS)
-def test_operators_and_their_gradients_are_the_definitions(name, images, prefix, grid):
+def test_operators_equal_their_definitions(name, images, prefix, grid):
     operator, N = randomise(ATTENTION[name](TWO)).double(), prefix + grid[0] * grid[1]
-    q, k, v = inputs = seeded(3, images, 2, N, 64, dtype=torch.float64).requires_grad_().unbind()
+    q, k, v = seeded(3, images, 2, N, 64, dtype=torch.float64)
     weights = WEIGHTS[name](q, k, operator)
     want = weights / weights.sum(-1, keepdim=True) @ v
     if name == "linear_conv":
         image = v[:, :, prefix:].mT.reshape(images, 128, *grid)         # channels: head, then D
         local = F.conv2d(image, operator.conv.weight, padding=2, groups=128)
         want = want + F.pad(local.view(images, 2, 64, -1).mT, (0, 0, prefix, 0))
-    found, leaves = operator(q, k, v, grid), [*inputs, *operator.parameters()]
-    assert torch.allclose(found, want, rtol=1e-10, atol=1e-12)
-    pull = seeded(*v.shape, seed=1, dtype=torch.float64)
-    slopes = [torch.autograd.grad(out, leaves, pull, retain_graph=True) for out in (found, want)]
-    for a, b in zip(*slopes):
-        assert torch.allclose(a, b, rtol=1e-10, atol=1e-11)
+    assert torch.allclose(operator(q, k, v, grid), want, rtol=1e-10, atol=1e-12)
 
 
 @every_name
@@ -117,61 +112,35 @@ def test_every_operator_returns_the_shape_and_dtype_of_v(name, dtype):
     assert out.shape == (2, 2, 13, 64) and out.dtype == dtype and out.isfinite().all()
 
 
-@pytest.mark.parametrize("dtype, step", [(torch.bfloat16, 2e-2), (torch.float64, 1e-12)], ids=str)
-@pytest.mark.parametrize("name", sorted(WEIGHTS.keys() - {"linear_conv"}))
-def test_constants_stay_and_the_order_of_keys_is_without_meaning(name, dtype, step):
-    q, k, v = (x.to(dtype) for x in clustered(500))
-    attend = partial(randomise(ATTENTION[name](TWO)).to(dtype), grid=(1, 1))
-    assert (attend(q, k, torch.full_like(v, 0.7)) - 0.7).abs().max() <= step
-    assert error(attend(q, k.flip(-2), v.flip(-2)), attend(q, k, v)) <= step
-
-
 @every_dtype
-@pytest.mark.parametrize("sides", ("qk", "q", "k"))
 @pytest.mark.parametrize("below", (-20, -6e4), ids=str)
-def test_very_negative_keys_attend_to_the_mean_and_gradients_stay_finite(below, sides, dtype):
+def test_very_negative_keys_attend_to_the_mean_and_gradients_stay_finite(below, dtype):
     """phi(-20) = 2e-9, which an eps would drown; further below every feature would be 0."""
-    q, k, v = (x.to(dtype) for x in clustered(100))
-    q, k = (torch.full_like(x, below) if s in sides else x for s, x in (("q", q), ("k", k)))
-    leaves = [x.requires_grad_() for x in (q, k, v)]
-    out = linear_attention(*leaves)
-    gradients = torch.autograd.grad(out, leaves, seeded(*v.shape).to(dtype))
-    assert out.isfinite().all() and all(g.isfinite().all() for g in gradients)
-    truth = v.double().mean(-2, keepdim=True) if "k" in sides else linear_reference(
-        q.double(), k.double(), v.double())
-    assert (out - truth).abs().max() <= 8 * torch.finfo(dtype).eps * v.abs().max() + 1e-6
+    q, _, v = (x.to(dtype) for x in clustered(100))
+    mean, low = v.double().mean(-2, keepdim=True), torch.full_like(q, below)
+    for query in (q, low):
+        leaves = [x.clone().requires_grad_() for x in (query, low, v)]
+        out = linear_attention(*leaves)
+        gradients = torch.autograd.grad(out, leaves, seeded(*v.shape).to(dtype))
+        assert all(x.isfinite().all() for x in (out, *gradients))
+        assert (out - mean).abs().max() <= 8 * torch.finfo(dtype).eps * v.abs().max() + 1e-6
 
 
-def test_hedgehog_is_finite_where_query_and_key_have_no_feature_in_common():
-    q = torch.tensor([1000., -1000]).repeat(1, 1, 3, 32)
-    assert ATTENTION["hedgehog"](TINY)(q, -q, q, (1, 3)).isfinite().all()
-
-
-class Largest(TorchDispatchMode):
-    """Notes the number of elements of the largest tensor that an operation returns."""
-    elements = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **kwargs or {})
-        self.elements = max(self.elements, out.numel() if isinstance(out, torch.Tensor) else 0)
-        return out
+def test_hedgehog_starts_at_identity_and_is_finite_where_query_and_key_share_no_feature():
+    operator, q = ATTENTION["hedgehog"](TINY), torch.tensor([1000., -1000]).repeat(1, 1, 3, 32)
+    assert all(torch.equal(W, torch.eye(64)[None]) for W in operator.parameters())
+    assert operator(q, -q, q, (1, 3)).isfinite().all()
 
 
 @pytest.mark.parametrize("name", sorted(WEIGHTS.keys() - {"softmax"}))
-def test_a_linear_operator_makes_no_map_of_tokens_by_tokens(name):
-    q, k, v = (x.requires_grad_() for x in seeded(3, 1, 2, 1024, 64))
-    with Largest() as largest:
-        ATTENTION[name](TWO)(q, k, v, (32, 32)).sum().backward()
-    assert (largest.elements >= 2 * 1024 ** 2) == (name == "softmax_reference")     # it is seen
-
-
-@every_name
-def test_vits_compile_without_a_break_and_with_the_gradients_of_eager(name):
-    vit, images, results = randomise(ViT(replace(TINY, depth=1), name)), seeded(2, 3, 16, 20), []
-    for call in (vit, torch.compile(vit, fullgraph=True, backend="aot_eager")):
-        tokens = call(images)                           # the position table is resized
-        results.append([tokens, *torch.autograd.grad(tokens.square().sum(), vit.parameters())])
-    assert max(map(error, *results)) <= 1e-5            # float32 sums, decomposed in another order
+def test_twice_the_tokens_cost_a_linear_operator_twice_the_operations(name):
+    operator, costs = ATTENTION[name](TWO), []
+    for rows in (8, 16):
+        q, k, v = (x.requires_grad_() for x in seeded(3, 1, 2, rows * 8, 64))
+        with FlopCounterMode(display=False) as counter:
+            operator(q, k, v, (rows, 8)).sum().backward()
+        costs.append(counter.get_total_flops())
+    assert costs[1] == costs[0] * (4 if name == "softmax_reference" else 2) > 0
 
 
 def test_linear_conv_starts_bit_for_bit_linear():
