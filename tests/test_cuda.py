@@ -166,5 +166,4 @@ def test_bench_measures_time_and_memory_in_every_mode(part, tmp_path):
     assert {row["mode"] for row in rows} == set(bench.MODES)
     assert all(row["status"] == "ok" and float(row["median_ms"]) > 0 for row in rows)
     assert all(float(row["peak_mb"]) > 0 for row in rows)
-    assert {bench.PLAIN, "linear"} <= {row["name"] for row in rows}
     assert all(row["device"].startswith(torch.cuda.get_device_name()) for row in rows)
