@@ -23,7 +23,7 @@ import re
 import sys
 import time
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
-from functools import partial
+from functools import cache, partial
 from itertools import accumulate, count, product
 from pathlib import Path
 
@@ -102,15 +102,6 @@ def projected(batch, heads, tokens, device, dtype):
     """q, k, v with the strides that Attention.project gives them: three views of one tensor."""
     qkv = torch.randn(batch, tokens, 3, heads, HEAD_DIM, device=device, dtype=dtype)
     return qkv.permute(2, 0, 3, 1, 4).unbind(0)         # each (B,H,N,D)
-
-
-def forward_or_both(operator, q, k, v, grid, backward):
-    """The call to be timed: the operator, or the operator and its gradients for q, k and v."""
-    if not backward:
-        return lambda: operator(q, k, v, grid)
-    inputs = [x.detach().requires_grad_().view_as(x) for x in (q, k, v)]    # no leaves: FlopCounter
-    ones = torch.ones_like(v)
-    return lambda: torch.autograd.grad(operator(*inputs, grid), inputs, ones)
 
 
 # ---- Measuring
@@ -204,36 +195,29 @@ def measure(calls, ended, device, seconds, maps=0):
 # CPU, for count_flops}, bytes of N x N maps
 def once_graphed(function, example):
     """function(example) as a CUDA graph, which the first call records."""
-    replay = []
-
-    def call():
-        if not replay:
-            replay.append(graphed(function, example))
-        return replay[0](example)
-    return call
+    replay = cache(lambda: graphed(function, example))
+    return lambda: replay()(example)
 
 
 def attention_points(args, device, dtype):
-    for batch, heads, backward, tokens in product(args.batch_size, args.heads, (False, True),
-                                                  args.points):
-        grid, calls, counted = squarest(tokens), {}, {}
-        facts = {"heads": heads, "batch": batch, "tokens": tokens,
-                 "pass": "forward+backward" if backward else "forward"}
+    for batch, heads, tokens in product(args.batch_size, args.heads, args.points):
+        facts = {"heads": heads, "batch": batch, "tokens": tokens, "pass": "forward"}
+        grid, calls = squarest(tokens), {}
         q, k, v = projected(batch, heads, tokens, device, dtype)
-        for name, operator in operators(heads, grid, "cpu", dtype).items():
-            counted[name] = lambda operator=operator: forward_or_both(operator, *projected(
-                batch, heads, tokens, "cpu", dtype), grid, backward)()
+        counted = {name: lambda operator=operator: operator(
+            *projected(batch, heads, tokens, "cpu", dtype), grid)
+            for name, operator in operators(heads, grid, "cpu", dtype).items()}
         for mode in args.mode:
             for name, operator in operators(heads, grid, device, dtype).items():
-                if mode != "eager" and (name == WRITTEN_OUT or "graph" in mode and backward):
+                if mode != "eager" and name == WRITTEN_OUT:
                     continue
                 if "compiled" in mode:
                     operator.compile(dynamic=False)
-                call = forward_or_both(operator, q, k, v, grid, backward)
+                call = partial(operator, q, k, v, grid)
                 if "graph" in mode:         # the views q, k, v are no input of it: copies would be
                     call = once_graphed(lambda _, call=call: call(), v[:0])     # laid out anew
                 calls[name, mode] = call
-        yield facts, calls, counted, (2 + backward) * batch * heads * tokens ** 2 * v.element_size()
+        yield facts, calls, counted, 2 * v.element_size() * batch * heads * tokens ** 2
 
 
 def model_points(args, device, dtype):
@@ -294,9 +278,9 @@ def main(argv=None):
     table.writeheader()
     for facts, calls, counted, maps in PARTS[args.part](args, device, dtype):
         torch._dynamo.reset()
-        curve = tuple(facts.get(key) for key in ("model", "heads", "batch", "pass"))
+        curve = tuple(facts.get(key) for key in ("model", "heads", "batch"))
         flops = {name: count_flops(call) for name, call in counted.items()}
-        with torch.set_grad_enabled(facts["pass"] != "forward"):
+        with torch.no_grad():
             ended = endings.setdefault(curve, {})
             point = measure(calls, ended, device, SECONDS[args.quick], maps)
         for (name, mode), row in point.items():
