@@ -161,8 +161,7 @@ def draw_features(teacher, student, images, path):
     centre = want.mean((0, 1))
     axes = torch.pca_lowrank(want.flatten(0, 1) - centre, q=3, center=False)[2]             # (C, 3)
     colours = (torch.cat([want, have]) - centre) @ axes                     # (2B, P, 3)
-    colours = (0.5 + colours / (4 * colours[:len(want)].std((0, 1)))).clamp(0, 1)
-    colours = colours.mT.unflatten(2, grid)
+    colours = (colours / colours[:len(want)].std((0, 1))).sigmoid().mT.unflatten(2, grid)
     colours = F.interpolate(colours, size=images.shape[2:], mode="nearest")
     save_picture([images / 255, *colours.chunk(2)],
                  ["photo", "the teacher's patch features, three main axes as colours",

@@ -85,11 +85,6 @@ def parse(argv):
     return args
 
 
-def squarest(n):
-    """The factors (rows, columns) of n that are closest to one another, rows <= columns."""
-    return next((rows, n // rows) for rows in range(math.isqrt(n), 0, -1) if n % rows == 0)
-
-
 # ---- The operators alone
 def operators(heads, grid, device, dtype):
     """{name: Operator} as a block with these heads builds them."""
@@ -202,7 +197,7 @@ def once_graphed(function, example):
 def attention_points(args, device, dtype):
     for batch, heads, tokens in product(args.batch_size, args.heads, args.points):
         facts = {"heads": heads, "batch": batch, "tokens": tokens, "pass": "forward"}
-        grid, calls = squarest(tokens), {}
+        grid, calls = (math.isqrt(tokens),) * 2, {}     # tokens beyond a square are prefix
         q, k, v = projected(batch, heads, tokens, device, dtype)
         counted = {name: lambda operator=operator: operator(
             *projected(batch, heads, tokens, "cpu", dtype), grid)

@@ -204,11 +204,14 @@ def upsampled_classes(logits, size):
 
 @torch.no_grad()
 def cached(vit, batches, task, device, dtype):
-    """The same batches with what a head reads as inputs, on the CPU, in float16 or float64."""
-    kept = dtype if dtype == torch.float64 else torch.float16
-    return [[(logits_of(vit, nn.Identity(), images.to(device), task, dtype).to(kept).cpu(),
-              truth.clone())                            # of a worker: each would keep a file open
-             for images, truth in batch] for batch in bar(batches, "features")]
+    """-> [(what a head reads, target), ...] of all photos, on the CPU, in float16 or float64."""
+    kept, items = dtype if dtype == torch.float64 else torch.float16, []
+    for batch in bar(batches, "features"):
+        for images, targets in batch:
+            features = logits_of(vit, nn.Identity(), images.to(device), task, dtype)
+            features, targets = features.to(kept).cpu(), targets.clone()
+            items += zip(features, targets)     # cloned: each would keep a worker's file open
+    return items
 
 
 @torch.no_grad()
@@ -254,13 +257,12 @@ def begin_row(spec, args, classes, ids):
     vit, file, stage = load_backbone(spec, args.from_scratch)
     torch.manual_seed(args.seed)                        # the same head for each row
     head = make_head(vit.arch, args.task, len(classes), args.head, vit.attention)
-    theirs = [vit.header.get("task"), vit.header.get("classes"), vit.header.get("ids", ids),
-              vit.header.get("head_kind", "linear")]
-    its_own = theirs == [args.task, classes, ids, args.head]
+    wanted = dict(task=args.task, classes=classes, ids=ids, head_kind=args.head)
+    its_own = wanted.items() <= vit.header.items()
     if its_own:
         load_head(head, file)
     if "classes" in vit.header:
-        print(f"{spec}: its head is " + ("kept" if its_own else f"not kept, it is {theirs}"))
+        print(f"{spec}: its head is " + ("kept" if its_own else f"not kept, expected {wanted}"))
     return vit, head, stage, its_own
 
 
@@ -378,13 +380,12 @@ def fine_tune(spec, args, data, out, saved, kept, device, dtype):
             view = partial(whole, points=POINTS) if segment else whole
             photos = loader(Draws(Subset(source, sorted(drawn.tolist())), read, view),
                             batch_size=args.batch_size)     # items in one order, whatever WORLD is
-            found, seen = (cached(vit, part, task, device, dtype) for part in (photos, held_out))
-            items = [item for batch in found for group in batch for item in zip(*group)]
-            draws = items
+            draws, seen = (cached(vit, part, task, device, dtype) for part in (photos, held_out))
+            seen = loader(seen, num_workers=0)
             if args.steps and not its_own and not segment:
-                trained = standardised(head, torch.stack([x for x, _ in items]).to(device, wide))
+                trained = standardised(head, torch.stack([x for x, _ in draws]).to(device, wide))
             elif args.steps and not its_own and args.head == "mask":
-                start = [x.flatten(0, 1) for x, _ in items[::max(1, len(items) // args.batch_size)]]
+                start = [x.flatten(0, 1) for x, _ in draws[::max(1, len(draws) // args.batch_size)]]
                 head.whiten(torch.cat(start).to(device, wide))
             scored = partial(score, None, trained, seen)
         progress = train(spec, args, vit, trained, draws, scored, phase, out, saved, kept, device,
@@ -437,9 +438,9 @@ def predict(args, device, dtype):
     task, classes = header["task"], header["classes"]
     size = header["size"] if args.size is None else args.size
     vit.grid_of(size, size)
-    head = make_head(vit.arch, task, len(classes), header.get("head_kind", "linear"), vit.attention)
+    head = make_head(vit.arch, task, len(classes), header["head_kind"], vit.attention)
     vit, head = vit.to(device, wide), load_head(head, spec).to(device, wide).eval()
-    ids = torch.tensor(header.get("ids", range(len(classes))))
+    ids = torch.tensor(header["ids"])
     photos = {}                                         # real path: (as given, name of its mask)
     for given in map(Path, args.predict):
         for path in map(Path, find_images(given)) if given.is_dir() else [given]:
@@ -497,8 +498,7 @@ def main(argv=None):
         if not begin_row(spec, args, classes, ids)[-1]:
             raise InputError(f"--steps 0 only scores, but {spec} has no head for these classes")
     read = [weights_file(file)[0] for file in files]
-    data_folder = [args.data] if args.data and Path(args.data).is_dir() else []
-    out, saved = open_out(args, [*read, *data_folder], names(source), names(val_source))
+    out, saved = open_out(args, [*read, args.data], names(source), names(val_source))
     print(f"{args.task}: {len(source)} images of {args.size} pixels, {len(val_source)} held out, "
          f"{len(classes)} classes, {'head alone' if args.freeze else 'head and backbone'}, "
          f"{device}, {dtype}")

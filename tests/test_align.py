@@ -5,7 +5,6 @@ Bad input is test_inputs.py's, stopping test_runs.py's. Operators and losses are
 import argparse
 import math
 import re
-from functools import partial
 
 import pytest
 import torch
@@ -21,7 +20,7 @@ from align_attention import attention_maps, block_alignment, first_tokens, relat
 from align_features import LOSS, RIDGES, compare, feature_alignment, whitening
 from conftest import (ARCH, SIZE, STAGES, brief, call, log_of, middle, moved, random_images,
                       random_vit, report_of, same, seeded, student_of)
-from model import ATTENTION, Operator, linearize, load_pair, load_vit, read_weights
+from model import ATTENTION, linearize, load_pair, load_vit, read_weights
 from support.photos import loaders, unlabelled
 
 FIRST = pytest.mark.parametrize("stage", STAGES[:2])

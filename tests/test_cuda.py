@@ -20,7 +20,7 @@ from conftest import BRIEF, brief, call, error, log_of, moved, randomise, report
 from conftest import student_of
 from model import ATTENTION, Architecture, ViT, linear_plain, linear_reference, linearize
 from model import linear_triton
-from support.runs import Progress, Stopped, autocast, graphed
+from support.runs import Progress, Stopped, graphed
 
 pytestmark = pytest.mark.skipif("ADALA_GPU" not in os.environ, reason="needs a GPU: ADALA_GPU=1")
 ONE_HEAD = Architecture(64, 1, 1, 64, patch=4, grid=(32, 32), registers=1)

@@ -21,7 +21,7 @@ from conftest import (ARCH, SIZE, brief, call, header, log_of, moved, random_ima
                       refusal, same, seeded)
 from finetune import (HEADS, HEAD_LR, HEAD_RATES, PALETTE, RATE, SCRATCH_RATE, evaluate,
                       features_of, make_head, standardised, task_loss, upsampled_classes)
-from model import ATTENTION, load_vit, read_weights
+from model import load_vit, read_weights
 from support.labels import IGNORE
 
 FREEZE = pytest.mark.parametrize("freeze", ([], ["--freeze"]), ids=("tuned", "frozen"))
