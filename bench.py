@@ -187,7 +187,7 @@ def measure(calls, ended, device, seconds, maps=0):
 
 
 # ---- The parts yield their points: what all rows say, {(name, mode): call}, {name: the same on a
-# CPU, for count_flops}, bytes of N x N maps
+# CPU, for count_flops}
 def once_graphed(function, example):
     """function(example) as a CUDA graph, which the first call records."""
     replay = cache(lambda: graphed(function, example))
@@ -196,7 +196,7 @@ def once_graphed(function, example):
 
 def attention_points(args, device, dtype):
     for batch, heads, tokens in product(args.batch_size, args.heads, args.points):
-        facts = {"heads": heads, "batch": batch, "tokens": tokens, "pass": "forward"}
+        facts = {"heads": heads, "batch": batch, "tokens": tokens}
         grid, calls = (math.isqrt(tokens),) * 2, {}     # tokens beyond a square are prefix
         q, k, v = projected(batch, heads, tokens, device, dtype)
         counted = {name: lambda operator=operator: operator(
@@ -212,7 +212,7 @@ def attention_points(args, device, dtype):
                 if "graph" in mode:         # the views q, k, v are no input of it: copies would be
                     call = once_graphed(lambda _, call=call: call(), v[:0])     # laid out anew
                 calls[name, mode] = call
-        yield facts, calls, counted, 2 * v.element_size() * batch * heads * tokens ** 2
+        yield facts, calls, counted
 
 
 def model_points(args, device, dtype):
@@ -227,7 +227,7 @@ def model_points(args, device, dtype):
         for pixels in (round(p / arch.patch) * arch.patch for p in args.points):
             tokens, shape = arch.prefix + (pixels // arch.patch) ** 2, (batch, 3, pixels, pixels)
             facts = {"model": title, "heads": arch.heads, "batch": batch, "pixels": pixels,
-                     "tokens": tokens, "pass": "forward"}
+                     "tokens": tokens}
             images, calls = torch.randn(shape).to(device, dtype), {}
             for mode, name in product(args.mode, args.operators):
                 if mode == "eager" or name != WRITTEN_OUT:
@@ -235,7 +235,7 @@ def model_points(args, device, dtype):
                     calls[name, mode] = make(vits[name, "compiled" in mode], images)
             counted = {name: lambda vit=vit: vit(torch.randn(shape))
                        for name, vit in on_cpu.items()}
-            yield facts, calls, counted, 2 * batch * arch.heads * tokens ** 2 * 4
+            yield facts, calls, counted
 
 
 PARTS = {"attention": attention_points, "model": model_points}
@@ -264,19 +264,20 @@ def main(argv=None):
     path.touch(exist_ok=False)                          # before hours of work: can it be written?
     Stopped.left = f"the rows that were measured are in {path}"
     kernel = "ADALA_KERNEL=plain " if os.environ.get("ADALA_KERNEL") == "plain" else ""
-    same = {"part": args.part, "head_dim": HEAD_DIM, "dtype": kind, "ratio_to": BASE,
-            "device": f"{chip}, {torch.get_num_threads()} threads", "torch": torch.__version__,
-            "torchvision": torchvision.__version__,
+    same = {"part": args.part, "pass": "forward", "head_dim": HEAD_DIM, "dtype": kind,
+            "ratio_to": BASE, "device": f"{chip}, {torch.get_num_threads()} threads",
+            "torch": torch.__version__, "torchvision": torchvision.__version__,
             "command": f"{kernel}python bench.py {' '.join(words)}"}
     endings, sheet = {}, io.StringIO(newline="")
     table = csv.DictWriter(sheet, COLUMNS)
     table.writeheader()
-    for facts, calls, counted, maps in PARTS[args.part](args, device, dtype):
+    for facts, calls, counted in PARTS[args.part](args, device, dtype):
         torch._dynamo.reset()
         curve = tuple(facts.get(key) for key in ("model", "heads", "batch"))
         flops = {name: count_flops(call) for name, call in counted.items()}
         with torch.no_grad():
             ended = endings.setdefault(curve, {})
+            maps = 2 * dtype.itemsize * facts["batch"] * facts["heads"] * facts["tokens"] ** 2
             point = measure(calls, ended, device, SECONDS[args.quick], maps)
         for (name, mode), row in point.items():
             row |= same | facts | {"name": name, "mode": mode, "gflops": flops[name] / 1e9}

@@ -20,11 +20,13 @@ FAST = ("--quick", "--heads", "2", "--points")
 
 @pytest.fixture(autouse=True)
 def tiny_and_in_a_hurry(monkeypatch):
-    """A model small enough to time in a test, under the names of the real ones; few repeats."""
+    """A model small enough to time in a test, under the names of the real ones; few repeats. Rows
+    without the GPU's kernel, of which the command has to tell."""
     for name in bench.MODELS.values():
         monkeypatch.setitem(model.KNOWN, name, TINY)
     monkeypatch.setattr(bench, "SECONDS", {False: 0, True: 0})
     monkeypatch.setattr(bench.Stopped, "left", "")
+    monkeypatch.setenv("ADALA_KERNEL", "plain")
 
 
 def read(path):
@@ -133,16 +135,14 @@ def consistent(rows):
         assert row["ratio"] == close(row["median_ms"] / base["median_ms"])
 
 
-def test_part_attention(tmp_path, monkeypatch):
-    monkeypatch.setenv("ADALA_KERNEL", "plain")         # the command has to say so
+def test_part_attention(tmp_path):
     rows = table(tmp_path, "attention", *FAST, "64", "320")
     consistent(rows)
     assert {(row["name"], row["tokens"]) for row in rows} == {*itertools.product(
         model.ATTENTION, (64, 320))}
 
 
-def test_part_model(tmp_path, monkeypatch):
-    monkeypatch.setenv("ADALA_KERNEL", "plain")
+def test_part_model(tmp_path):
     names = "softmax_reference", "softmax", "linear"
     rows = table(tmp_path, "model", "--quick", "--batch-size", "1", "2", "--points", "30", "55",
                  "--operators", *names)
@@ -167,7 +167,6 @@ def test_modes_stand_in_one_table_with_ratios_in_the_same_mode(words, tmp_path, 
 
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     monkeypatch.setattr(torch.nn.Module, "compile", once)
-    monkeypatch.setenv("ADALA_KERNEL", "plain")
     rows = table(tmp_path, *words, "--quick", "--mode", "eager", "compiled")
     of = {mode: {row["name"] for row in rows if row["mode"] == mode} for mode in bench.MODES}
     assert of["eager"] - of["compiled"] == {"softmax_reference"} and "linear" in of["compiled"]
@@ -223,8 +222,10 @@ def test_bad_flags_are_refused(words, says, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_an_output_that_cannot_be_written_is_named_at_once(tmp_path, monkeypatch):
-    monkeypatch.setattr(bench, "measure", None)
-    (tmp_path / "file").touch()
-    with pytest.raises(OSError, match="file/below"):    # which bench.run() says in one line
-        table(tmp_path / "file/below", "attention", *FAST, "64")
+def test_the_output_is_made_before_anything_is_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "measure", Mock(side_effect=ZeroDivisionError))
+    with pytest.raises(ZeroDivisionError):
+        table(tmp_path, "attention", *FAST, "64")
+    path, = tmp_path.glob("*.csv")
+    with pytest.raises(OSError, match="csv/below"):     # which bench.run() says in one line
+        table(path / "below", "attention", *FAST, "64")
