@@ -118,6 +118,16 @@ def test_a_standardised_head_reads_mean_0_and_variance_1_and_folds_exactly():
     torch.testing.assert_close(head(features), logits)
 
 
+def test_each_epoch_of_features_is_another_permutation(files, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(finetune, "task_loss", lambda vit, head, inputs, *more: (
+        seen.append(inputs), task_loss(vit, head, inputs, *more))[1])
+    tune(files, tmp_path, "classify", "--freeze", "--steps", 1)
+    first, second, *_ = seen[0].split(16)               # of 16 photos
+    assert len(first.unique(dim=0)) == 16 and not torch.equal(first, second)
+    assert torch.equal(first.unique(dim=0), second.unique(dim=0))
+
+
 @FREEZE
 def test_folding_leaves_the_score_of_the_head_phase(files, tmp_path, freeze):
     flags = freeze or FROZEN                            # a second phase that changes nothing
@@ -142,6 +152,7 @@ def test_a_stopped_phase_goes_on_to_the_same_bits(files, tmp_path, monkeypatch, 
     assert "goes on from step 1 of 3" in tune(files, tmp_path / "out", "classify")
     ends = [read_weights(tmp_path / out / "0-classify.safetensors")[0] for out in ("whole", "out")]
     assert not moved(*ends) and log_of(tmp_path / "whole") == log_of(tmp_path / "out")
+    assert not (tmp_path / "out/state.pt").exists()     # no state is needed any more
 
 
 @FREEZE
