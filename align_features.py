@@ -12,7 +12,6 @@ the student runs on its own, every weight is tuned, and only the final tokens ar
 It reads teacher, student and photos. It writes to --out: student.safetensors, log.jsonl,
 report.json and features.png (photo, teacher's and student's patch features as colours).
 """
-import math
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from functools import partial
 
@@ -37,8 +36,7 @@ RIDGES = [0.03 * 3 ** k for k in range(7)]      # of whitening, in mean eigenval
 def parse(argv):
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     flag = parser.add_argument
-    flag("--teacher", help="softmax ViT to imitate: a known name, a file of ours or NAME=FILE "
-         f"(demo: {DEMO['teacher']})")
+    flag("--teacher", help=f"softmax ViT: a name, a file or NAME=FILE (demo: {DEMO['teacher']})")
     flag("--student", help="a student of this teacher to train further (default: the teacher, "
          f"with its attention swapped; demo: {DEMO['student']})")
     flag("--attention", choices=ATTENTION, help="operator without --student (default: linear)")
@@ -163,8 +161,7 @@ def draw_features(teacher, student, images, path):
     centre = want.mean((0, 1))
     axes = torch.pca_lowrank(want.flatten(0, 1) - centre, q=3, center=False)[2]             # (C, 3)
     colours = (torch.cat([want, have]) - centre) @ axes                     # (2B, P, 3)
-    low, high = (colours[:len(want)].flatten(0, 1).quantile(q, dim=0) for q in (0.01, 0.99))
-    colours = ((colours - low) / (high - low)).clamp(0, 1).mT.unflatten(2, grid)
+    colours = (colours / colours[:len(want)].std((0, 1))).sigmoid().mT.unflatten(2, grid)
     colours = F.interpolate(colours, size=images.shape[2:], mode="nearest")
     save_picture([images / 255, *colours.chunk(2)],
                  ["photo", "the teacher's patch features, three main axes as colours",
@@ -188,7 +185,6 @@ def main(argv=None):
     scaler = torch.amp.GradScaler(device, 2.0 ** 12, enabled=dtype == torch.float16)
 
     teacher, student, digest = load_pair(args.teacher, args.student, args.attention)
-    without_stage_1 = student.header.get("stage") in (None, "features")
     args.size = args.size or [teacher.arch.pixels[0]]
     for size in args.size:
         teacher.grid_of(size, size)                     # a multiple of the patch, or an InputError
@@ -200,8 +196,8 @@ def main(argv=None):
     wide = torch.promote_types(dtype, torch.float32)    # of weights; autocast's is dtype
     teacher, student = teacher.to(device, wide).requires_grad_(False), student.to(device, wide)
     parameters, student.recompute = [*student.parameters()], args.recompute
-    print(f"{student.attention} attention, training all {sum(p.numel() for p in parameters):,} "
-          f"parameters on {len(source)} images of {args.size} pixels, {device}, {dtype}")
+    print(f"{student.attention} attention, training all weights on {len(source)} images of "
+          f"{args.size} pixels, {device}, {dtype}")
 
     optimizer = torch.optim.AdamW(parameters, args.lr, weight_decay=0)
     schedule = warmup_cosine(optimizer, args.steps)
@@ -241,7 +237,8 @@ def main(argv=None):
         if step % args.every == 0:
             progress.log(held_out=measure(student, few)["whitened_error"])
 
-    stage = "features" if without_stage_1 else "attention+features"
+    alone = student.header.get("stage") in (None, "features")       # without stage 1
+    stage = "features" if alone else "attention+features"
     facts = dict(stage=stage, teacher=digest, training={
         key: getattr(args, key) for key in ("loss", "size", "steps", "batch_size", "lr", "seed")})
     save_vit(student, out / "student.safetensors", **facts)
@@ -251,9 +248,7 @@ def main(argv=None):
         seconds=progress.seconds, arguments=vars(args)))
     report(before, after, kept["of_constant"])
     print(progress.summary())
-    photos = held_out.dataset               # eight of them, from all over the set
-    images = [photos[i] for i in range(0, len(photos), math.ceil(len(photos) / 8))]
-    show(draw_features, teacher, student, torch.stack(images).to(device), out / "features.png")
+    show(draw_features, teacher, student, few[0][:8].to(device), out / "features.png")
     progress.finish()
     print(f"wrote {out / 'student.safetensors'}")
 

@@ -1,11 +1,11 @@
 """What linear attention costs and what it saves (paper: Fig. 3 and the throughput table).
 
     python bench.py attention       # each operator alone, 256 to 65,536 tokens
-    python bench.py model           # whole ViTs, 224 to 2,048 pixels: images/s and the crossover
+    python bench.py model           # whole ViTs, 224 to 2,048 pixels
+    ADALA_KERNEL=plain python bench.py model        # linear without its GPU kernel
 
 Weights and images are random. Modes: eager; compiled, block by block; graph and compiled-graph, the
-forward pass of either as one CUDA graph. "linear, plain" is linear without its GPU kernel. Ratios
-are to fused softmax (part attention: to the bare products) in the same mode.
+forward pass of either as one CUDA graph. Ratios are to fused softmax in the same mode.
 
 Writes bench-DEVICE-PART-DTYPE.csv to --out after every point, and replaces nothing: the next run
 writes ...-1.csv. results/bench_picture.py draws it. Calls take turns, each timed after an untimed
@@ -23,7 +23,7 @@ import re
 import sys
 import time
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
-from functools import partial
+from functools import cache, partial
 from itertools import accumulate, count, product
 from pathlib import Path
 
@@ -33,8 +33,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from model import ATTENTION, KNOWN, Architecture, Operator, ViT, linear_plain, linearize
-from support.runs import InputError, Stopped, device_and_dtype, graphed, one_line, run, write_whole
+from model import ATTENTION, KNOWN, Architecture, ViT, linearize
+from support.runs import InputError, Stopped, device_and_dtype, graphed, run, write_whole
 
 
 MODELS = {f"vit{size[0]}14": f"vit_{size}_patch14_dinov2.lvd142m"
@@ -42,15 +42,16 @@ MODELS = {f"vit{size[0]}14": f"vit_{size}_patch14_dinov2.lvd142m"
 POINTS = {"attention": (256, 1024, 4096, 16384, 65536),                 # tokens; others: pixels
           "model": (224, 384, 512, 768, 1024, 1536, 2048)}
 MODES = "eager", "compiled", "graph", "compiled-graph"
-PLAIN = "linear, plain"                     # linear as it is where there is no kernel
 HEAD_DIM = 64
-WRITTEN_OUT = ("softmax_reference", "softmax_reference, float32")       # with N x N maps
+BASE = "softmax"                            # the row that ratios are to
+WRITTEN_OUT = "softmax_reference"           # with N x N maps
+SECONDS = {False: 5, True: 0.5}             # of each call's repeats; True: with --quick
 SLOW = 5.0                                  # seconds: on a CPU a longer call ends its curve
 # low_ms, high_ms: quartiles. tokens: with CLS in a whole ViT. ratio: median_ms over that of the row
-# ratio_to at the same point. resident_mb: weights and inputs. MB: 10^6 bytes.
-COLUMNS = """part name backend model heads head_dim batch pixels tokens pass mode dtype median_ms
-    low_ms high_ms repeats images_per_s gflops gflops_per_s ratio ratio_to peak_mb resident_mb
-    status device torch torchvision command""".split()
+# ratio_to at the same point. MB: 10^6 bytes.
+COLUMNS = """part name model heads head_dim batch pixels tokens pass mode dtype median_ms low_ms
+    high_ms repeats images_per_s gflops ratio ratio_to peak_mb status device torch torchvision
+    command""".split()
 
 
 def parse(argv):
@@ -58,26 +59,23 @@ def parse(argv):
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     flag, usual = parser.add_argument, ["softmax_reference", "softmax", "linear", "linear_conv"]
     flag("part", choices=PARTS)
-    flag("--quick", action="store_true", help="few points, a small batch (default: all of them)")
+    flag("--quick", action="store_true", help="few repeats, and the first of each default")
     flag("--mode", choices=MODES, nargs="+", default=list(MODES if cuda else MODES[:1]),
          help="(default: all on a GPU, eager on a CPU)")
     flag("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto",
          help="of weights (default: auto, half precision where the device has it)")
-    flag("--heads", type=int, nargs="+", default=[6, 16], help="part attention (default: 6 16)")
-    flag("--models", choices=MODELS, nargs="+", default=[*MODELS], help="part model (default: all)")
+    flag("--heads", type=int, nargs="+", help="part attention (default: 6 16)")
+    flag("--models", choices=MODELS, nargs="+", help="part model (default: all)")
     flag("--operators", choices=ATTENTION, nargs="+", default=usual,
          help=f"part model (default: {' '.join(usual)})")
-    flag("--batch-size", type=int, nargs="+",
-         help="(default: part attention 1; part model 1 8, on a GPU 1 16)")
+    flag("--batch-size", type=int, nargs="+", default=[1], help="(default: 1)")
     flag("--points", type=int, nargs="+", help="tokens in part attention, else pixels (default: "
          "256 to 65536 tokens, 224 to 2048 pixels; with --quick the first three)")
     flag("--out", default="results", help="folder to write (default: results)")
     args = parser.parse_args(argv)
-    first = 1 if args.quick else None
-    usual = {"attention": [1], "model": [1, 16 if cuda else 8]}
-    args.batch_size = (args.batch_size or usual[args.part])[:first]
+    args.heads = args.heads or [6, 16][:1 if args.quick else None]
+    args.models = args.models or [*MODELS][:1 if args.quick else None]
     args.points = args.points or POINTS[args.part][:3 if args.quick else None]
-    args.heads, args.models = args.heads[:first], args.models[:first]
     args.compile = any("compiled" in mode for mode in args.mode)
     if min(*args.heads, *args.batch_size, *args.points) < 1:
         raise InputError(f"--heads {args.heads} --batch-size {args.batch_size} --points "
@@ -87,38 +85,18 @@ def parse(argv):
     return args
 
 
-def squarest(n):
-    """The factors (rows, columns) of n that are closest to one another, rows <= columns."""
-    return next((rows, n // rows) for rows in range(math.isqrt(n), 0, -1) if n % rows == 0)
-
-
-# ---- Measured beside model.ATTENTION: q, k, v, each (B, H, N, D) -> (B, H, N, D)
-OTHERS = {  # products: no operator of this kind is faster. copy: bytes of q, k, v and out, once
-    PLAIN: linear_plain,
-    "products": lambda q, k, v: q @ (k.mT @ v), "copy": lambda q, k, v: (q.clone(), k.clone())}
-
-
+# ---- The operators alone
 def operators(heads, grid, device, dtype):
     """{name: Operator} as a block with these heads builds them."""
     arch = Architecture(heads * HEAD_DIM, 1, heads, 4 * heads * HEAD_DIM, patch=14, grid=grid)
-    built = {name: make(arch) for name, make in ATTENTION.items()}
-    built |= {name: Operator(arch, function) for name, function in OTHERS.items()}
-    return {name: op.to(device, dtype).eval().requires_grad_(False) for name, op in built.items()}
+    return {name: make(arch).to(device, dtype).eval().requires_grad_(False)
+            for name, make in ATTENTION.items()}
 
 
 def projected(batch, heads, tokens, device, dtype):
     """q, k, v with the strides that Attention.project gives them: three views of one tensor."""
     qkv = torch.randn(batch, tokens, 3, heads, HEAD_DIM, device=device, dtype=dtype)
     return qkv.permute(2, 0, 3, 1, 4).unbind(0)         # each (B,H,N,D)
-
-
-def forward_or_both(operator, q, k, v, grid, backward):
-    """The call to be timed: the operator, or the operator and its gradients for q, k and v."""
-    if not backward:
-        return lambda: operator(q, k, v, grid)
-    inputs = [x.detach().requires_grad_().view_as(x) for x in (q, k, v)]    # no leaves: FlopCounter
-    ones = torch.ones_like(v)
-    return lambda: torch.autograd.grad(operator(*inputs, grid), inputs, ones, allow_unused=True)
 
 
 # ---- Measuring
@@ -177,7 +155,7 @@ def measure(calls, ended, device, seconds, maps=0):
     free = int(linux("meminfo", r"MemAvailable: +(\d+) kB", 8_000_000)) * 1024
     for key, call in calls.items():
         name, mode = key
-        if device == "cpu" and name in WRITTEN_OUT and maps > free / 2:
+        if device == "cpu" and name == WRITTEN_OUT and maps > free / 2:
             rows[key]["status"] = f"skipped: maps of {maps / 1e9:.1f} GB, {free / 1e9:.1f} GB free"
         if rows[key]["status"] != "ok":
             continue
@@ -208,119 +186,70 @@ def measure(calls, ended, device, seconds, maps=0):
     return rows
 
 
-# ---- The parts yield their points: {(name, mode): call}, {name: what its rows say}, {name: the
-# same on a CPU, for count_flops}, bytes of N x N maps
+# ---- The parts yield their points: what all rows say, {(name, mode): call}, {name: the same on a
+# CPU, for count_flops}
 def once_graphed(function, example):
     """function(example) as a CUDA graph, which the first call records."""
-    replay = []
-
-    def call():
-        if not replay:
-            replay.append(graphed(function, example))
-        return replay[0](example)
-    return call
+    replay = cache(lambda: graphed(function, example))
+    return lambda: replay()(example)
 
 
 def attention_points(args, device, dtype):
-    for batch, heads, backward, tokens in product(args.batch_size, args.heads, (False, True),
-                                                  args.points):
-        grid, calls, says = squarest(tokens), {}, {}
+    for batch, heads, tokens in product(args.batch_size, args.heads, args.points):
+        facts = {"heads": heads, "batch": batch, "tokens": tokens}
+        grid, calls = (math.isqrt(tokens),) * 2, {}     # tokens beyond a square are prefix
         q, k, v = projected(batch, heads, tokens, device, dtype)
-        counted = {name: lambda operator=operator: forward_or_both(operator, *projected(
-            batch, heads, tokens, "cpu", dtype), grid, backward)()
+        counted = {name: lambda operator=operator: operator(
+            *projected(batch, heads, tokens, "cpu", dtype), grid)
             for name, operator in operators(heads, grid, "cpu", dtype).items()}
         for mode in args.mode:
             for name, operator in operators(heads, grid, device, dtype).items():
-                if mode != "eager" and (name in WRITTEN_OUT or "graph" in mode and backward):
+                if mode != "eager" and name == WRITTEN_OUT:
                     continue
                 if "compiled" in mode:
                     operator.compile(dynamic=False)
-                if backward and name == "copy":
-                    continue
-                call = forward_or_both(operator, q, k, v, grid, backward)
+                call = partial(operator, q, k, v, grid)
                 if "graph" in mode:         # the views q, k, v are no input of it: copies would be
                     call = once_graphed(lambda _, call=call: call(), v[:0])     # laid out anew
                 calls[name, mode] = call
-                says[name] = {"heads": heads, "batch": batch, "tokens": tokens,
-                              "pass": "forward+backward" if backward else "forward",
-                              "resident_mb": 3 * v.nbytes / 1e6}
-        if "softmax" in says:
-            says["softmax"]["backend"] = SDPBackend(torch._fused_sdp_choice(q, k, v)).name.lower()
-        yield calls, says, counted, (2 + backward) * batch * heads * tokens ** 2 * v.element_size()
-
-
-def vit_of(teacher, name, dtype):
-    """The teacher with the operator that a row names."""
-    vit = linearize(teacher, name.partition(",")[0])
-    for block in vit.blocks if name == PLAIN else ():
-        block.attn.operator.function = linear_plain
-    return vit.to(torch.float32 if name == WRITTEN_OUT[1] else dtype)
+        yield facts, calls, counted
 
 
 def model_points(args, device, dtype):
     for title, batch in product(args.models, args.batch_size):
-        arch = KNOWN[MODELS[title]]
-        teacher = ViT(arch).to(device).eval()
-        names = list(args.operators)
-        if "linear" in names and device == "cuda":
-            names.append(PLAIN)
-        if WRITTEN_OUT[0] in names and dtype != torch.float32:          # the paper's softmax rows
-            names.append(WRITTEN_OUT[1])                                # are, by their memory
-        vits = {(name, compiled): vit_of(teacher, name, dtype) for name in names
-                for compiled in sorted({"compiled" in mode for mode in args.mode})}
-        on_cpu = {name: vit_of(teacher, name, dtype).to("cpu") for name in names}
-        for (name, compiled), vit in vits.items():
-            for block in vit.blocks if compiled and name not in WRITTEN_OUT else ():
+        teacher = ViT(KNOWN[MODELS[title]]).eval()
+        on_cpu = {name: linearize(teacher, name) for name in args.operators}
+        arch, vits = teacher.arch, {}
+        for name, compiled in product(args.operators, {"compiled" in mode for mode in args.mode}):
+            vits[name, compiled] = linearize(teacher, name).to(device, dtype)
+            for block in vits[name, compiled].blocks if compiled and name != WRITTEN_OUT else ():
                 block.compile(dynamic=False)            # all share what the first one compiled
         for pixels in (round(p / arch.patch) * arch.patch for p in args.points):
-            calls, says, counted, shape = {}, {}, {}, (batch, 3, pixels, pixels)
-            tokens = arch.prefix + (pixels // arch.patch) ** 2
-            for mode, name in product(args.mode, names):
-                vit = vits[name, "compiled" in mode]
-                images = torch.randn(shape).to(device, vit.norm.weight.dtype)
-                if mode == "eager" or name not in WRITTEN_OUT:
+            tokens, shape = arch.prefix + (pixels // arch.patch) ** 2, (batch, 3, pixels, pixels)
+            facts = {"model": title, "heads": arch.heads, "batch": batch, "pixels": pixels,
+                     "tokens": tokens}
+            images, calls = torch.randn(shape).to(device, dtype), {}
+            for mode, name in product(args.mode, args.operators):
+                if mode == "eager" or name != WRITTEN_OUT:
                     make = once_graphed if "graph" in mode else partial
-                    calls[name, mode] = make(vit, images)
-                held = sum(p.nbytes for p in vit.parameters()) + images.nbytes
-                says[name] = {"model": title, "heads": arch.heads, "batch": batch, "pixels": pixels,
-                              "tokens": tokens, "pass": "forward", "resident_mb": held / 1e6}
-                counted[name] = lambda vit=on_cpu[name], shape=shape: vit(
-                    torch.randn(shape, dtype=vit.norm.weight.dtype))
-            yield calls, says, counted, 2 * batch * arch.heads * tokens ** 2 * 4
+                    calls[name, mode] = make(vits[name, "compiled" in mode], images)
+            counted = {name: lambda vit=vit: vit(torch.randn(shape))
+                       for name, vit in on_cpu.items()}
+            yield facts, calls, counted
 
 
-PARTS = {   # its points, seconds of repeats, the same with --quick, the row that ratios are to
-    "attention": (attention_points, 3, 0.3, "products"),
-    "model": (model_points, 6, 0.5, "softmax")}
+PARTS = {"attention": attention_points, "model": model_points}
 
 
-# ---- Crossover, table
-def crossover(curve):
-    """Pixels from which on an operator is as fast as fused softmax, log-log; None: never."""
-    gains = sorted((row["pixels"], -math.log(row["ratio"])) for row in curve)
-    start = max((i + 1 for i, (_, gain) in enumerate(gains) if gain < 0), default=0)
-    if start in (0, len(gains)):
-        return gains[0][0] if gains and start == 0 else None
-    (left, below), (right, above) = gains[start - 1:start + 1]
-    return round(left * (right / left) ** (below / (below - above)))
-
-
-def claim(folder, stem):
-    """An empty CSV under a name that no file has: nothing is ever replaced."""
+def unused(folder, stem):
+    """The path of a CSV that does not exist yet: nothing is ever replaced."""
     paths = (Path(folder, f"{stem}-{i}.csv" if i else f"{stem}.csv") for i in count())
-    try:
-        os.makedirs(folder, exist_ok=True)
-        path = next(path for path in paths if not os.path.lexists(path))
-        path.touch(exist_ok=False)
-    except OSError as error:
-        raise InputError(f"--out {folder} could not be written: {one_line(error)}") from None
-    return path
+    return next(path for path in paths if not os.path.lexists(path))
 
 
 def main(argv=None):
     words = sys.argv[1:] if argv is None else argv
     args = parse(words)
-    points, *seconds, base = PARTS[args.part]
     torch.manual_seed(0)
     torch._dynamo.config.recompile_limit = 64           # blocks of all operators share their code
     device, dtype = device_and_dtype(args)
@@ -330,37 +259,36 @@ def main(argv=None):
     gpu = torch.cuda.get_device_name() if device == "cuda" else None
     chip = gpu or linux("cpuinfo", "model name.*: (.*)", platform.machine())
     slug = re.sub(r"\W+", "-", (gpu or device).lower())
-    path = claim(args.out, f"bench-{slug}-{args.part}-{kind}{'-quick' * args.quick}")
+    os.makedirs(args.out, exist_ok=True)
+    path = unused(args.out, f"bench-{slug}-{args.part}-{kind}{'-quick' * args.quick}")
+    path.touch(exist_ok=False)                          # before hours of work: can it be written?
     Stopped.left = f"the rows that were measured are in {path}"
-    same = {"part": args.part, "head_dim": HEAD_DIM, "dtype": kind, "ratio_to": base,
-            "device": f"{chip}, {torch.get_num_threads()} threads", "torch": torch.__version__,
-            "torchvision": torchvision.__version__, "command": f"python bench.py {' '.join(words)}"}
-    curves, endings, sheet = {}, {}, io.StringIO(newline="")
+    kernel = "ADALA_KERNEL=plain " if os.environ.get("ADALA_KERNEL") == "plain" else ""
+    same = {"part": args.part, "pass": "forward", "head_dim": HEAD_DIM, "dtype": kind,
+            "ratio_to": BASE, "device": f"{chip}, {torch.get_num_threads()} threads",
+            "torch": torch.__version__, "torchvision": torchvision.__version__,
+            "command": f"{kernel}python bench.py {' '.join(words)}"}
+    endings, sheet = {}, io.StringIO(newline="")
     table = csv.DictWriter(sheet, COLUMNS)
     table.writeheader()
-    for calls, says, counted, maps in points(args, device, dtype):
+    for facts, calls, counted in PARTS[args.part](args, device, dtype):
         torch._dynamo.reset()
-        facts = next(iter(says.values()))
-        curve = tuple(facts.get(key) for key in ("model", "heads", "batch", "pass"))
-        flops = {name: count_flops(counted[name]) for name in says}
-        with torch.set_grad_enabled(facts["pass"] != "forward"):
+        curve = tuple(facts.get(key) for key in ("model", "heads", "batch"))
+        flops = {name: count_flops(call) for name, call in counted.items()}
+        with torch.no_grad():
             ended = endings.setdefault(curve, {})
-            point = measure(calls, ended, device, seconds[args.quick], maps)
+            maps = 2 * dtype.itemsize * facts["batch"] * facts["heads"] * facts["tokens"] ** 2
+            point = measure(calls, ended, device, SECONDS[args.quick], maps)
         for (name, mode), row in point.items():
-            other = point.get((base, mode), {}).get("median_ms")
-            row |= same | {"name": name, "mode": mode, "gflops": flops[name] / 1e9} | says[name]
+            row |= same | facts | {"name": name, "mode": mode, "gflops": flops[name] / 1e9}
+            base = point.get((BASE, mode), {}).get("median_ms")
             if ms := row.get("median_ms"):
-                row["gflops_per_s"] = row["gflops"] / ms * 1e3
                 row |= {"images_per_s": row["batch"] / ms * 1e3} if "pixels" in row else {}
-                row |= {"ratio": ms / other} if other else {}
-                if args.part == "model" and other and name != base:
-                    curves.setdefault((row["model"], row["batch"], mode, name), []).append(row)
+                row |= {"ratio": ms / base} if base else {}
             text = {key: f"{x:.5g}" if isinstance(x, float) else x for key, x in row.items()}
             table.writerow(text)
             print(*(f"{key} {text[key]}" for key in COLUMNS if key in row.keys() - same))
         write_whole(path, sheet.getvalue().encode())     # after every point: nothing is lost
-    for curve, of_curve in curves.items():
-        print(*curve, f"is as fast as {base} from {crossover(of_curve)} pixels on (None: never)")
     print(f"wrote {path}")
 
 

@@ -16,8 +16,8 @@ by line. Photos keep their shape: the shorter side becomes --size, each side the
 the patch. The score counts the masks' own pixels. A tuned backbone sees crops of 0.5 to 2 times
 that size.
 --head mask adds two blocks of the backbone's own attention, in which classes are tokens, too.
-It writes to --out: a checkpoint for each of --weights, metrics.json, log.jsonl, and to segment
-segment.png; with --predict a mask of each photo's own size, and the photo with it laid over.
+It writes to --out: a checkpoint for each of --weights, metrics.json (the score of every class is
+there), log.jsonl, and to segment segment.png; with --predict a mask of each photo's own size.
 """
 import math
 import sys
@@ -31,13 +31,11 @@ import torch.nn.functional as F
 from PIL import Image
 from torch.utils.data import DataLoader, Subset
 from torchvision.transforms import v2
-from torchvision.utils import save_image
 
-from model import ATTENTION, KNOWN, Block, ViT, linearize, load_vit, read_weights, save_vit
-from model import weights_file
+from model import ATTENTION, Block, ViT, linearize, load_vit, read_weights, save_vit, weights_file
 from support.labels import IGNORE, PALETTE, by_shape, draw_segments, load_data, read_item, views_of
 from support.photos import Draws, find_images, names, permutation, read_image
-from support.runs import RANK, WORLD, InputError, Progress, Stopped, autocast, average_gradients
+from support.runs import RANK, WORLD, InputError, Progress, autocast, average_gradients
 from support.runs import bar, device_and_dtype, graphed, leave_signals, mean_over_processes
 from support.runs import open_out, parse_args, run, show, warmup_cosine, widen, write_whole
 
@@ -83,8 +81,7 @@ def parse(argv):
                       *(PREDICT, PREDICT) if known.predict else (DEFAULTS, DEMO))
     for name in ("task", "data", "head", "ignore", "freeze", "from_scratch", "lr"):
         if args.predict and getattr(args, name) is not parser.get_default(name):
-            raise InputError(f"--{name.replace('_', '-')} means nothing with --predict: it trains "
-                             "and scores nothing; task, classes and head are the checkpoint's")
+            raise InputError(f"--{name.replace('_', '-')} is for training, not for --predict")
     args.task = args.task or "classify"
     if (args.head or args.ignore) and args.task == "classify":
         raise InputError(f"--head {args.head} --ignore {args.ignore} are for --task segment")
@@ -176,17 +173,13 @@ def make_head(arch, task, classes, kind="linear", attention="softmax"):
     return nn.Linear(arch.width * (1 + arch.cls), classes)
 
 
-def load_head(head, tensors, spec):
-    """Give a head the weights head.* of a checkpoint. -> the head. After FILE:OPERATOR a mask head
-    has that operator, too, whose parameters are then fresh, as in model.linearize."""
-    theirs = {n[5:]: t for n, t in tensors.items() if n.startswith("head.")}
-    fresh = {n: t for n, t in head.state_dict().items() if ".operator." in n}
-    if fresh.keys() != {n for n in theirs if ".operator." in n}:
-        theirs = fresh | {n: t for n, t in theirs.items() if ".operator." not in n}
+def load_head(head, spec):
+    """Give a head the weights head.* of a checkpoint. -> the head."""
+    tensors = read_weights(weights_file(spec)[0])[0]
     try:
-        head.load_state_dict(theirs)
-    except RuntimeError as error:
-        raise InputError(f"{spec} has no whole task head: {error}") from None
+        head.load_state_dict({n[5:]: t for n, t in tensors.items() if n.startswith("head.")})
+    except RuntimeError as error:                       # a mask head has its operator's parameters
+        raise InputError(f"{spec} has no whole task head for this attention: {error}") from None
     return head
 
 
@@ -211,11 +204,14 @@ def upsampled_classes(logits, size):
 
 @torch.no_grad()
 def cached(vit, batches, task, device, dtype):
-    """The same batches with what a head reads as inputs, on the CPU, in float16 or float64."""
-    kept = dtype if dtype == torch.float64 else torch.float16
-    return [[(logits_of(vit, nn.Identity(), images.to(device), task, dtype).to(kept).cpu(),
-              truth.clone())                            # of a worker: each would keep a file open
-             for images, truth in batch] for batch in bar(batches, "features")]
+    """-> [(what a head reads, target), ...] of all photos, on the CPU, in float16 or float64."""
+    kept, items = dtype if dtype == torch.float64 else torch.float16, []
+    for batch in bar(batches, "features"):
+        for images, targets in batch:
+            features = logits_of(vit, nn.Identity(), images.to(device), task, dtype)
+            features, targets = features.to(kept).cpu(), targets.clone()
+            items += zip(features, targets)     # cloned: each would keep a worker's file open
+    return items
 
 
 @torch.no_grad()
@@ -240,15 +236,13 @@ def evaluate(vit, head, batches, task, classes, device, dtype=torch.float32):
 # ---- One of --weights: load, train, score
 
 def load_backbone(spec, from_scratch):
-    """FILE, NAME, NAME=FILE, each may end in :OPERATOR -> (ViT, what of that is read, if anything,
-    stages behind it)."""
+    """FILE, NAME, NAME=FILE, each may end in :OPERATOR -> (ViT, the part of that before
+    :OPERATOR, stages behind it)."""
     name, _, operator = spec.rpartition(":")
     name, operator = (name, operator) if name and operator in ATTENTION else (spec, None)
-    if from_scratch:
-        known = [arch for key, arch in KNOWN.items() if name in (key, key.partition(".")[0])]
-        vit = ViT(known[0]) if known else load_vit(name)                # a name is not downloaded
-        return ViT(vit.arch, operator or vit.attention), None, "scratch"
     vit = load_vit(name)
+    if from_scratch:
+        return ViT(vit.arch, operator or vit.attention), name, "scratch"
     if operator in (None, vit.attention):
         return vit, name, vit.header.get("stage", "pretrained")
     swapped = linearize(vit, operator)
@@ -263,13 +257,12 @@ def begin_row(spec, args, classes, ids):
     vit, file, stage = load_backbone(spec, args.from_scratch)
     torch.manual_seed(args.seed)                        # the same head for each row
     head = make_head(vit.arch, args.task, len(classes), args.head, vit.attention)
-    theirs = [vit.header.get("task"), vit.header.get("classes"), vit.header.get("ids", ids),
-              vit.header.get("head_kind", "linear")]
-    its_own = theirs == [args.task, classes, ids, args.head]
+    wanted = dict(task=args.task, classes=classes, ids=ids, head_kind=args.head)
+    its_own = wanted.items() <= vit.header.items()
     if its_own:
-        load_head(head, read_weights(weights_file(file)[0])[0], spec)
+        load_head(head, file)
     if "classes" in vit.header:
-        print(f"{spec}: its head is " + ("kept" if its_own else f"not kept, it is {theirs}"))
+        print(f"{spec}: its head is " + ("kept" if its_own else f"not kept, expected {wanted}"))
     return vit, head, stage, its_own
 
 
@@ -302,7 +295,7 @@ def task_loss(vit, head, inputs, targets, task, dtype=torch.float32):
 
 def train(spec, args, vit, head, draws, score, phase, out, saved, kept, device, dtype):
     """Phase "head": train a head on features, [(input, target), ...]. Phase "all": head and ViT on
-    draws of photos. score: () -> (percent of the held-out part, ...). -> seconds."""
+    draws of photos. score: () -> (percent of the held-out part, ...). -> its Progress."""
     frozen, task = phase == "head", args.task
     rate = HEAD_RATES[args.head if task == "segment" else task] if frozen else (
         SCRATCH_RATE if args.from_scratch else RATE)
@@ -325,10 +318,9 @@ def train(spec, args, vit, head, draws, score, phase, out, saved, kept, device, 
     progress = Progress(args, out, saved, kept, head=head, vit=nn.Identity() if frozen else vit,
                         optimizer=optimizer, schedule=schedule, scaler=scaler)
     order = range(progress.step * batch_size + RANK, args.steps * batch_size, WORLD)
-    if frozen and args.steps:                       # features: nothing of a draw is random but this
-        epochs = range(math.ceil(args.steps * batch_size / len(draws)))
-        epochs = torch.cat([permutation(len(draws), args.seed, epoch) for epoch in epochs])
-        order = epochs[torch.tensor(order, dtype=torch.long)].tolist()
+    if frozen:                                      # features: nothing of a draw is random but this
+        n = len(draws)
+        order = (permutation(n, args.seed, i // n)[i % n].item() for i in order)
     batches = DataLoader(draws, batch_size // WORLD, sampler=order, collate_fn=by_shape,
                          num_workers=0 if frozen else args.workers, pin_memory=device == "cuda",
                          worker_init_fn=leave_signals)
@@ -354,11 +346,12 @@ def train(spec, args, vit, head, draws, score, phase, out, saved, kept, device, 
         if step % args.every == 0:
             progress.log(weights=spec, phase=phase, held_out=score()[0])
     print(f"{spec}, phase {phase}: {progress.summary()}")
-    return progress.seconds
+    return progress
 
 
 def fine_tune(spec, args, data, out, saved, kept, device, dtype):
-    """Train and score one of --weights. Its row is added to kept["rows"]. data: see load_data."""
+    """Train and score one of --weights. Its row is added to kept["rows"]. data: see load_data.
+    -> the last Progress."""
     torch.compiler.reset()                              # each row compiles and caches anew
     (source, val_source, classes, ids), task, segment = data, args.task, args.task == "segment"
     wide = torch.promote_types(dtype, torch.float32)    # of weights, loss and logits
@@ -372,14 +365,11 @@ def fine_tune(spec, args, data, out, saved, kept, device, dtype):
     read = partial(read_item, task=task, lookup=lookup, short=args.size)
     crop, whole = views_of(task, args.size, vit.arch.patch)
     crop = crop if args.data else v2.RandomHorizontalFlip()
-    # A generator of its own: scoring leaves other randomness alone.
     loader = partial(DataLoader, batch_size=args.batch_size // WORLD, num_workers=args.workers,
-                     collate_fn=by_shape, generator=torch.Generator(), worker_init_fn=leave_signals)
+                     collate_fn=by_shape, worker_init_fn=leave_signals)
     shown = Draws(val_source, read, whole)
     held_out = loader(shown)
     score = partial(evaluate, classes=len(classes), task=task, device=device, dtype=dtype)
-    if not saved:
-        kept["seconds"] = 0
     for phase in phases[phases.index(kept["phase"]):] if saved else phases:
         kept["phase"], draws, trained = phase, Draws(source, read, crop, args.seed), head
         scored = partial(score, vit, head, held_out)
@@ -390,17 +380,16 @@ def fine_tune(spec, args, data, out, saved, kept, device, dtype):
             view = partial(whole, points=POINTS) if segment else whole
             photos = loader(Draws(Subset(source, sorted(drawn.tolist())), read, view),
                             batch_size=args.batch_size)     # items in one order, whatever WORLD is
-            found, seen = (cached(vit, part, task, device, dtype) for part in (photos, held_out))
-            items = [item for batch in found for group in batch for item in zip(*group)]
-            draws = items
+            draws, seen = (cached(vit, part, task, device, dtype) for part in (photos, held_out))
+            seen = loader(seen, num_workers=0)
             if args.steps and not its_own and not segment:
-                trained = standardised(head, torch.stack([x for x, _ in items]).to(device, wide))
+                trained = standardised(head, torch.stack([x for x, _ in draws]).to(device, wide))
             elif args.steps and not its_own and args.head == "mask":
-                start = [x.flatten(0, 1) for x, _ in items[::max(1, len(items) // args.batch_size)]]
+                start = [x.flatten(0, 1) for x, _ in draws[::max(1, len(draws) // args.batch_size)]]
                 head.whiten(torch.cat(start).to(device, wide))
             scored = partial(score, None, trained, seen)
-        kept["seconds"] += train(spec, args, vit, trained, draws, scored, phase, out, saved, kept,
-                                 device, dtype)
+        progress = train(spec, args, vit, trained, draws, scored, phase, out, saved, kept, device,
+                         dtype)
         saved = None                                    # it was of the phase that had been stopped
         if trained is not head:
             fold(*trained)
@@ -417,11 +406,12 @@ def fine_tune(spec, args, data, out, saved, kept, device, dtype):
         attention=vit.attention, per_class={
             name: None if math.isnan(value) else value      # JSON knows no NaN
             for name, value in zip(classes, per_class)},
-        seconds=kept["seconds"], kept_head=its_own, held_out=len(val_source), device=device,
-        checkpoint=str(checkpoint), arguments=vars(args), **facts))
+        kept_head=its_own, held_out=len(val_source), device=device, checkpoint=str(checkpoint),
+        arguments=vars(args), **facts))
     write_whole(out / "metrics.json", kept["rows"])
     if segment:
         show(picture, vit, head, shown, classes, out / f"{i}-segment.png", device)
+    return progress
 
 
 @torch.no_grad()
@@ -438,30 +428,30 @@ def picture(vit, head, held_out, classes, path, device):
 
 @torch.no_grad()
 def predict(args, device, dtype):
-    """Label photos with a checkpoint of ours: a line each, and to segment a mask and an overlay.
+    """Label photos with a checkpoint of ours: a line each, and to segment a mask of ids in colours.
     A photo that cannot be done is named, and the rest is done."""
     spec, wide = args.weights[0], torch.promote_types(dtype, torch.float32)
-    vit, (tensors, header) = load_vit(spec), read_weights(weights_file(spec)[0])
+    vit = load_vit(spec)
+    header = vit.header
     if "classes" not in header:
         raise InputError(f"{spec} has no task head: --predict needs a checkpoint of finetune.py")
     task, classes = header["task"], header["classes"]
     size = header["size"] if args.size is None else args.size
     vit.grid_of(size, size)
-    head = make_head(vit.arch, task, len(classes), header.get("head_kind", "linear"), vit.attention)
-    vit, head = vit.to(device, wide), load_head(head, tensors, spec).to(device, wide).eval()
-    ids = torch.tensor(header.get("ids", range(len(classes))))
-    photos = []
-    for given in map(Path, dict.fromkeys(args.predict)):
-        found = find_images(given) if given.is_dir() else [given]
-        photos += [(path, Path(path).relative_to(given) if given.is_dir() else given.name)
-                   for path in found]
-    photos = [*{Path(path).resolve(): (path, name) for path, name in photos}.values()]
-    if len({str(name) for _, name in photos}) < len(photos) and task == "segment":
+    head = make_head(vit.arch, task, len(classes), header["head_kind"], vit.attention)
+    vit, head = vit.to(device, wide), load_head(head, spec).to(device, wide).eval()
+    ids = torch.tensor(header["ids"])
+    photos = {}                                         # real path: (as given, name of its mask)
+    for given in map(Path, args.predict):
+        for path in map(Path, find_images(given)) if given.is_dir() else [given]:
+            name = path.relative_to(given) if given.is_dir() else given.name
+            photos[path.resolve()] = path, str(name)
+    if len({name for _, name in photos.values()}) < len(photos) and task == "segment":
         raise InputError("two photos of --predict have one name: give their folders one at a time")
     out = open_out(args, [spec, *args.predict])[0] if task == "segment" else None
     whole, shape, replay = views_of(task, size, vit.arch.patch)[1], None, None
     forward, failed = partial(logits_of, vit, head, task=task, dtype=dtype), []
-    for path, name in photos:
+    for path, name in photos.values():
         try:
             photo = read_image(path, None if task == "segment" else size)
             images = whole((photo, 0))[0][None] if task == "segment" else whole(photo)[None]
@@ -477,9 +467,6 @@ def predict(args, device, dtype):
             mask = upsampled_classes(logits, photo.shape[1:])[0].cpu()
             target = out / "masks" / f"{name}.png"      # with its suffix: not a.jpg's over a.png's
             target.parent.mkdir(parents=True, exist_ok=True)
-            overlay = photo.float() / 510 + PALETTE[ids[mask]].movedim(-1, 0) / 2
-            write_whole(target.with_name(f"{target.stem}.overlay.png"),     # the longer name first
-                        partial(save_image, overlay, format="png"))
             image = Image.fromarray(ids[mask].byte().numpy())
             image.putpalette((PALETTE * 255).byte().flatten().tolist())
             write_whole(target, partial(image.save, format="png"))
@@ -510,26 +497,17 @@ def main(argv=None):
     for spec in args.weights if args.steps == 0 else ():
         if not begin_row(spec, args, classes, ids)[-1]:
             raise InputError(f"--steps 0 only scores, but {spec} has no head for these classes")
-    read = [weights_file(file)[0] for file in files if file]
-    data_folder = [args.data] if args.data and Path(args.data).is_dir() else []
-    out, saved = open_out(args, [*read, *data_folder], names(source), names(val_source))
+    read = [weights_file(file)[0] for file in files]
+    out, saved = open_out(args, [*read, args.data], names(source), names(val_source))
     print(f"{args.task}: {len(source)} images of {args.size} pixels, {len(val_source)} held out, "
          f"{len(classes)} classes, {'head alone' if args.freeze else 'head and backbone'}, "
          f"{device}, {dtype}")
     kept = saved["kept"] if saved else dict(rows=[])
     for spec in args.weights[len(kept["rows"]):]:
-        fine_tune(spec, args, data, out, saved, kept, device, dtype)
+        progress = fine_tune(spec, args, data, out, saved, kept, device, dtype)
         saved = None                                    # it was of the row that had been stopped
-    Stopped.left = ""
-    if RANK == 0:
-        (out / "state.pt").unlink(missing_ok=True)
-
+    progress.finish()
     rows = kept["rows"]
-    if segment:
-        print(f"\n{'IoU of class':25s} id", *(f"  row {i}" for i in range(len(rows))))
-        for id, name in zip(ids, classes):
-            found = (row["per_class"][name] for row in rows)
-            print(f"{name:24s} {id:3d}", *("      -" if x is None else f"{x:7.1f}" for x in found))
     print(f"\n{rows[0]['metric']} on {len(val_source)} held-out images, "
          f"{'frozen' if args.freeze else 'tuned'} backbone, seed {args.seed}")
     print(f"{' score':7s} attention   stage                weights")

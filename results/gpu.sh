@@ -10,6 +10,8 @@ tail -3 "$OUT/test_cuda.txt"
 bench="python bench.py model --quick --dtype bfloat16 --operators softmax linear linear_conv"
 timeout 150 $bench --models vitl14 --batch-size 1 --points 518 1022 252 2044 --out "$OUT"
 timeout 100 $bench --models vits14 --batch-size 16 --points 448 672 224 1022 --out "$OUT"
+ADALA_KERNEL=plain timeout 60 $bench --operators softmax linear --models vitl14 \
+    --points 518 1022 --out "$OUT"
 # Seconds of a step in stages 1 and 2 with random weights: plain and fused, eager and compiled.
 python -c "from model import *; \
     save_vit(ViT(KNOWN['vit_small_patch14_dinov2.lvd142m']), '$OUT/random.safetensors')"
