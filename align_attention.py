@@ -86,38 +86,39 @@ def first_tokens(teacher, images, dtype):
         return teacher.embed(teacher.normalize(images))
 
 
-def attention_maps(teacher, vits, images):
-    """Where each of `vits` looks from the patch in the middle, in a late block, on the teacher's
-    stream. -> (vits, B, P), mean over heads.
+def attention_maps(teacher, vits, images, queries):
+    """Where each of `vits` looks from patches `queries`, in a late block, on the teacher's stream.
 
-    No map is ever formed: the weights of a query are the gradient of its output with respect to V,
-    so this is O(N) and holds for every operator. Absolute values show how much a patch counts,
-    because a convolution's weights may be negative.
+    -> (vits, queries, B, P), mean over heads. No map is ever formed: the weights of a query are the
+    gradient of its output with respect to V, so this is O(N) and holds for every operator. Absolute
+    values show how much a patch counts, because a convolution's weights may be negative.
     """
-    maps, late, prefix = [], teacher.arch.depth * 3 // 4, teacher.arch.prefix
+    maps, late = [], teacher.arch.depth * 3 // 4
     with torch.no_grad():
         x, grid = teacher.embed(teacher.normalize(images))
         for block in teacher.blocks[:late]:
             x = block(x, grid)
-    query = prefix + grid[0] // 2 * grid[1] + grid[1] // 2
     for vit in vits:
-        attn = vit.blocks[late].attn
-        q, k, v = (part.detach() for part in attn.project(teacher.blocks[late].norm1(x)))
+        block = vit.blocks[late]
+        q, k, v = (part.detach() for part in block.attn.project(teacher.blocks[late].norm1(x)))
         with torch.enable_grad():
-            out = attn.attend(q, k, v.requires_grad_(), grid)               # (B, N, C)
-            weights, = torch.autograd.grad(out[:, query].sum(), v)          # (B, H, N, D)
-        maps.append(weights.abs().mean((1, 3))[:, prefix:])                 # -> (B, P)
-    return torch.stack(maps)
+            out = block.attn.attend(q, k, v.requires_grad_(), grid)         # (B, N, C)
+            maps += [torch.autograd.grad(out[:, vit.arch.prefix + query].sum(), v, retain_graph=True
+                                         )[0].abs().mean((1, 3)) for query in queries]
+    return torch.stack(maps)[..., teacher.arch.prefix:].unflatten(0, (len(vits), len(queries)))
 
 
-def draw_attention(maps, images, grid, path):
-    """A column for each photo. Rows: photo, teacher, before, after."""
-    maps = (maps.float() / maps[0].amax(-1, keepdim=True)).clamp(max=1).sqrt()  # a scale a column
-    maps = F.interpolate(maps.unflatten(2, grid), size=images.shape[2:]).unsqueeze(2)
-    rows = [images / 255, *(0.3 * images / 255 + 0.7 * part for part in maps)]
-    save_picture(rows, ["photo; the query is the patch in the middle",
-                        "where the softmax teacher looks", "where the student looked before",
-                        "and after stage 1"], path)
+def draw_attention(maps, images, queries, grid, path):
+    """Columns: each query, a white patch, in each photo. Rows: photo, teacher, before, after."""
+    maps = maps.float().permute(2, 1, 0, 3).flatten(0, 1)                   # (B * queries, vits, P)
+    maps = (maps / maps[:, :1].amax(-1, keepdim=True)).clamp(max=1).sqrt()  # one scale a column
+    marks = F.one_hot(torch.tensor(queries * len(images), device=maps.device), maps.shape[2])
+    maps = torch.cat([marks.unsqueeze(1), maps], dim=1).unflatten(2, grid)
+    mark, *maps = F.interpolate(maps, size=images.shape[2:]).unsqueeze(2).unbind(1)
+    photos = (images.repeat_interleave(len(queries), 0) / 255).maximum(mark)
+    rows = [photos, *(photos * 0.3 + 0.7 * part for part in maps)]
+    save_picture(rows, ["photo; the white patch is the query", "where the softmax teacher looks",
+                        "where the student looked before", "and after stage 1"], path)
 
 
 def weighted_square(x, patches):
@@ -196,11 +197,13 @@ def main(argv=None):
         align = torch.compile(block_alignment, fullgraph=True, dynamic=False)
     train, held_out = loaders(args, source, held_out, saved["step"] if saved else 0)
     few = next(iter(held_out))              # one held-out batch, for the log and the picture
-    shown = few[:8].to(device)
+    pair = few[:2].to(device)
+    rows, columns = teacher.grid_of(*pair.shape[2:])
+    queries = [rows * n // 8 * columns + columns * n // 8 for n in (2, 4, 6)]
 
     kept = saved["kept"] if saved else dict(
         before=relative_error(teacher, student, held_out, device, dtype),
-        maps=attention_maps(teacher, [teacher, student], shown))
+        maps=attention_maps(teacher, [teacher, student], pair, queries))
     if args.student is None:                            # after "before", which is the bare swap
         exponential_start(student)
     progress = Progress(args, out, saved, kept, student=student, optimizer=optimizer,
@@ -243,8 +246,8 @@ def main(argv=None):
     if after >= min(before, 1):
         print("Stage 1 did not help: its mean error is not below 1 and below what it was. Train "
               "for more --steps, or lower --lr.")
-    maps = torch.cat([kept["maps"].to(device), attention_maps(teacher, [student], shown)])
-    show(draw_attention, maps, shown, teacher.grid_of(*shown.shape[2:]), out / "attention.png")
+    maps = torch.cat([kept["maps"].to(device), attention_maps(teacher, [student], pair, queries)])
+    show(draw_attention, maps, pair, queries, (rows, columns), out / "attention.png")
     progress.finish()
     print(f"wrote {out / 'student.safetensors'}")
 

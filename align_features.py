@@ -12,6 +12,7 @@ the student runs on its own, every weight is tuned, and only the final tokens ar
 It reads teacher, student and photos. It writes to --out: student.safetensors, log.jsonl,
 report.json and features.png (photo, teacher's and student's patch features as colours).
 """
+import math
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from functools import partial
 
@@ -248,7 +249,9 @@ def main(argv=None):
         seconds=progress.seconds, arguments=vars(args)))
     report(before, after, kept["of_constant"])
     print(progress.summary())
-    show(draw_features, teacher, student, few[0][:8].to(device), out / "features.png")
+    photos = held_out.dataset               # eight of them, from all over the set
+    images = [photos[i] for i in range(0, len(photos), math.ceil(len(photos) / 8))]
+    show(draw_features, teacher, student, torch.stack(images).to(device), out / "features.png")
     progress.finish()
     print(f"wrote {out / 'student.safetensors'}")
 

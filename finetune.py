@@ -433,7 +433,7 @@ def predict(args, device, dtype):
     spec, wide = args.weights[0], torch.promote_types(dtype, torch.float32)
     vit = load_vit(spec)
     header = vit.header
-    if "classes" not in header:
+    if not {"classes", "ids", "head_kind"} <= header.keys():
         raise InputError(f"{spec} has no task head: --predict needs a checkpoint of finetune.py")
     task, classes = header["task"], header["classes"]
     size = header["size"] if args.size is None else args.size

@@ -177,10 +177,10 @@ def test_stage_1_says_whether_it_helped(files, tmp_path):
 
 
 def test_attention_maps_are_rows_of_the_n_by_n_weights():
-    """Of the patch in the middle, on the teacher's stream, in a late block, mean over heads."""
-    images, teacher = random_images(2), random_vit(depth=4)
+    """On the teacher's stream, in a late block, mean over heads."""
+    images, queries, teacher = random_images(2), [0, 6, 15], random_vit(depth=4)
     vits = [teacher, random_vit(1, "linear", depth=4), random_vit(1, "linear_conv", depth=4)]
-    maps = attention_maps(teacher, vits, images)
+    maps = attention_maps(teacher, vits, images, queries)
     x, grid = first_tokens(teacher, images, torch.float32)
     for block in teacher.blocks[:3]:
         x = block(x, grid)
@@ -188,26 +188,27 @@ def test_attention_maps_are_rows_of_the_n_by_n_weights():
         q, k, _ = vit.blocks[3].attn.project(teacher.blocks[3].norm1(x))
         slow = model.softmax_reference if vit is teacher else model.linear_reference
         weights = slow(q, k, torch.eye(18).expand(2, 2, -1, -1)).mean(1)    # (B, N, N)
-        torch.testing.assert_close(found, weights[:, 2 + 10, 2:], rtol=1e-4, atol=1e-6)
+        weights = weights[:, 2:, 2:][:, queries].transpose(0, 1)
+        torch.testing.assert_close(found, weights, rtol=1e-4, atol=1e-6)
 
 
-def test_attention_png_shows_where_each_looks(files, tmp_path, monkeypatch):
-    """A column for each photo; below the photos teacher, student before, and after."""
+def test_attention_png_has_the_query_and_what_each_looks_at(files, tmp_path, monkeypatch):
+    """A column for each query of each photo; the rows of maps are teacher, before and after."""
     seen, draw = [], align_attention.draw_attention
     monkeypatch.setattr(align_attention, "draw_attention", lambda *args: seen.append(args))
     brief(align_attention, files, tmp_path)
-    maps, images, *more = seen[0]
+    maps, images, queries, grid, path = seen[0]
     teacher = load_vit(files / "teacher.safetensors")
     vits = teacher, linearize(teacher, "linear"), student_of(tmp_path)
-    torch.testing.assert_close(maps, attention_maps(teacher, vits, images))
-    draw(*seen[0])
-    assert Image.open(tmp_path / "attention.png").width >= len(images) * SIZE
-    monkeypatch.setattr(align_attention, "save_picture", lambda rows, *_: seen.append(rows))
-    draw(maps, 0 * images, *more)
-    rows = [F.avg_pool2d(row, 8).mean(1).flatten(1) for row in seen[1]]
-    assert not rows[0].any()
-    for row, found in zip(rows[1:], maps, strict=True):
-        assert torch.equal(row.argmax(1), found.argmax(1))
+    torch.testing.assert_close(maps, attention_maps(teacher, vits, images, queries))
+    maps = torch.full((3, 3, 2, 16), 0.01)              # (vits, queries, photos, patches)
+    maps[0, 1, 1, 2] = maps[1, 1, 1, 9] = maps[2, 1, 1, 12] = 1
+    draw(maps, images, queries, grid, path)
+    assert Image.open(path).width >= len(queries) * len(images) * SIZE
+    monkeypatch.setattr(align_attention, "save_picture", lambda rows, *args: seen.append(rows))
+    draw(maps, images, queries, grid, path)
+    photo, *rows = [F.avg_pool2d(row[4], 8).mean(0).flatten() for row in seen[1]]
+    assert photo.argmax() == queries[1] and [int(row.argmax()) for row in rows] == [2, 9, 12]
 
 
 # --------------------------------------------------------------------------------------------------
