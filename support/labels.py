@@ -62,16 +62,15 @@ def read_item(item, task, lookup=None, short=None):
 def pairs(data, part, photos, masks, ends=("", ""), listed=None, **_):
     """A part of a folder that a row of LAYOUTS fits -> [(photo, mask), ...], none looked at."""
     top, below = Path(data, photos.format(part)), Path(data, masks.format(part))
-    found = [Path(path).relative_to(top) for path in find_images(top)]
+    found = {path: str(Path(path).relative_to(top).with_suffix("")) for path in find_images(top)}
     if listed:
         file = Path(data, listed.format(part))
         wanted = {line.strip() for line in file.read_text(**TEXT).splitlines()} - {""}
-        if lost := sorted(wanted - {str(path.with_suffix("")) for path in found}):
+        if lost := sorted(wanted - {*found.values()}):
             raise InputError(f"{file} names {len(lost)} photos that {top} lacks: {lost[:8]}; "
                              "expected names without suffix, a line each")
-        found = [path for path in found if str(path.with_suffix("")) in wanted]
-    return [(top / path, below / f"{str(path.with_suffix('')).replace(*ends)}.png")
-            for path in found]
+        found = {path: name for path, name in found.items() if name in wanted}
+    return [(Path(path), below / f"{name.replace(*ends)}.png") for path, name in found.items()]
 
 
 def by_layout(data):

@@ -59,9 +59,7 @@ def read_image(source, short=None):
 
 def find_images(folder):
     """Sorted paths of all images below a folder. A line says what was found, and what was left
-    out: dot names, MASK_FOLDERS, folders of runs, and links in a circle."""
-    if not os.path.isdir(folder):
-        raise InputError(f"'{folder}' is no folder: expected one that holds images")
+    out: dot names, MASK_FOLDERS, folders of runs, links in a circle, what cannot be listed."""
     found, left_out = [], []
     for top, folders, files in os.walk(folder, followlinks=True,
                                        onerror=lambda error: left_out.append(str(error))):

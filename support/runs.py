@@ -26,12 +26,10 @@ import torch.distributed as dist
 import torch.nn as nn
 from tqdm import tqdm
 
-try:
+fcntl = resource = None
+with suppress(ImportError):                             # Windows has neither
     import fcntl
     import resource
-except ImportError:                                     # Windows has neither
-    fcntl = resource = None
-
 RANK, WORLD = 0, 1
 if dist.is_torchelastic_launched():                     # other launchers set RANK, too
     RANK, WORLD = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])

@@ -26,6 +26,7 @@ from support import runs
 from support.runs import InputError, Progress
 
 STEPS = 6
+FORK = multiprocessing.get_context("fork")
 PLAN = {}                               # (moment, step) -> what happens then; step None: at first
 
 
@@ -90,35 +91,30 @@ from conftest import BRIEF, log_of, moved, refusal
 from model import read_weights
 
 
+def child(end, words, plan, main):
+    os.setsid()                                         # a group, as a shell gives a command
+    os.dup2(end, 1), os.dup2(end, 2)
+    signal.alarm(60)                                    # one that hangs ends, too
+    sys.argv = [str(word) for word in words]
+    plan()
+    runs.run(main)
+
+
 class Run:
     """run(main) in a process of its own, in which plan() is called first."""
 
     def __init__(self, out, *flags, plan=lambda: None, main=main, name="points.py"):
         self.pipe, end = os.pipe()
-        self.pid = os.fork()
-        if self.pid:
-            return os.close(end)
-        code = 99
-        try:
-            os.setsid()                                 # a group, as a shell gives a command
-            os.dup2(end, 1), os.dup2(end, 2)
-            sys.argv = [str(word) for word in (name, *flags, "--out", out)]
-            signal.alarm(60)                            # one that hangs ends, too
-            plan()
-            runs.run(main)
-        except SystemExit as end:
-            code = end.code
-        finally:
-            for worker in multiprocessing.active_children():    # as Python does at its end
-                worker.terminate(), worker.join()
-            os._exit(code)
+        words = name, *flags, "--out", out
+        self.process = FORK.Process(target=child, args=(end, words, plan, main))
+        self.process.start()
+        os.close(end)
 
     def wait(self):
-        """-> (exit code, or -signal; what it said). A traceback is nothing that is foreseen."""
-        code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        """-> (exit code, or -signal; what it said)."""
+        self.process.join()
         with open(self.pipe, newline="\n") as file:
-            said = file.read()
-        return code, said
+            return self.process.exitcode, file.read()
 
 
 def at(moment, step, act, *args):
@@ -194,29 +190,54 @@ def test_killed_during_a_save_the_state_before_is_whole(tmp_path, whole):
     check_goes_on(out, whole, 3)
 
 
-# ---- Stopped by a signal
-@pytest.mark.parametrize("number, moment, step", (
-    (signal.SIGINT, "read", 1), (signal.SIGTERM, "update", 2), (signal.SIGINT, "score", 2)))
-def test_a_signal_ends_in_one_line_and_the_same_command_goes_on(tmp_path, whole, number, moment,
-                                                                step):
+# ---- Ended by a signal or an error
+def fill(room):
+    """No file may grow beyond `room` bytes: as on a full disk."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
+
+
+UNREADABLE, OFTEN = InputError("photo.jpg cannot be read"), ("--save-every", 0)
+
+
+@pytest.mark.parametrize("plan, flags, code, says, step", (
+    (at("read", 2, kill, signal.SIGINT), (), 130, "stopped by SIGINT", 1),
+    (at("update", 2, kill, signal.SIGTERM), (), 143, "stopped by SIGTERM", 2),
+    (at("score", 2, kill, signal.SIGINT), (), 130, "stopped by SIGINT", 2),
+    (at("end", None, kill, signal.SIGTERM), (), 143, "stopped by SIGTERM", 6),
+    (at("read", 3, fail, UNREADABLE), (), 1, "photo.jpg cannot be read", 2),
+    (at("read", 3, fail, UNREADABLE), ("--workers", 1), 1, "photo.jpg cannot be read", 2),
+    (at("end of update", 3, fail, ZeroDivisionError("oh")), (), 1, "in step 3: oh", None),
+    (at("end of update", 3, fail, torch.OutOfMemoryError("CUDA out of memory. Tried")), OFTEN, 1,
+     "in step 3: out of memory: try a lower --batch-size or --size, or --recompute", 2),
+    (at("update", 3, setattr, torch.Tensor, "square", lambda x: x * float("nan")), (), 1,
+     "the loss is nan at step 3: try a lower --lr", None),
+    (at("update", 3, fill, 450), OFTEN, 1, "[Errno 27] File too large", 2),     # not the log either
+    (at("update", 3, fill, 3000), OFTEN, 1, "[Errno 27] File too large", 2)))
+def test_what_ends_a_run_is_one_line_and_the_same_command_goes_on(tmp_path, whole, plan, flags,
+                                                                  code, says, step):
+    """From the last whole update. What is half done is never saved: without a state before, none is
+    there (None)."""
     out = tmp_path / "out"
-    code, said = Run(out, plan=at(moment, 2, kill, number)).wait()
-    assert code == 128 + number and said == (
-        f"points.py: stopped by {number.name} (the same command goes on from step {step}, "
-        f"{out / 'state.pt'})\n")
-    check_goes_on(out, whole, step, "--workers", 1, "--save-every", 60)
+    found, said = Run(out, *flags, plan=plan).wait()
+    left = f" (the same command goes on from step {step}, {out / 'state.pt'})" if step else ""
+    assert found == code and said.endswith(f"points.py: {says}{left}\n")
+    assert ("Traceback" in said) == ("oh" in says)      # where nobody foresaw it
+    assert (out / "state.pt").exists() == bool(step)
+    if step:
+        check_goes_on(out, whole, step, "--workers", 1, "--save-every", 60)
+
+
+def test_an_error_in_scoring_saves_the_step_before_it(tmp_path, whole):
+    assert Run(tmp_path, plan=at("score", 3, fail, UNREADABLE)).wait()[0] == 1
+    assert "goes on from step 3" in Run(tmp_path).wait()[1]
+    assert not moved(whole[0], net_of(tmp_path))
 
 
 def test_a_second_signal_ends_at_once(tmp_path):
     twice = lambda: (kill(signal.SIGINT), kill(signal.SIGINT))
     code, _ = Run(tmp_path, plan=at("update", 2, twice)).wait()
     assert code == -signal.SIGINT and not (tmp_path / "state.pt").exists()
-
-
-def test_a_signal_after_the_loop_is_not_lost(tmp_path, whole):
-    code, said = Run(tmp_path / "out", plan=at("end", None, kill, signal.SIGTERM)).wait()
-    assert code == 143 and "goes on from step 6" in said
-    check_goes_on(tmp_path / "out", whole, 6)
 
 
 def test_ctrl_c_to_a_command_with_workers_while_another_run_is_refused(tmp_path):
@@ -227,11 +248,11 @@ def test_ctrl_c_to_a_command_with_workers_while_another_run_is_refused(tmp_path)
         time.sleep(0.01)
     code, said = Run(out, *flags).wait()
     assert code == 1 and "is being written by another run" in said
-    os.killpg(run.pid, signal.SIGINT)
+    os.killpg(run.process.pid, signal.SIGINT)
     code, said = run.wait()
     assert code == 130 and "Traceback" not in said and "stopped by SIGINT" in said
     with pytest.raises(ProcessLookupError):             # no worker is left
-        os.killpg(run.pid, 0)
+        os.killpg(run.process.pid, 0)
 
 
 def test_a_command_whose_reader_is_gone_saves_its_state_and_ends_quietly(tmp_path):
@@ -251,18 +272,6 @@ def test_a_command_without_stdout_and_stderr_runs_alone_whatever_another_launche
     assert len(log_of(tmp_path / "out")) == STEPS and net_of(tmp_path / "out")
 
 
-# ---- Ended by an error
-@pytest.mark.parametrize("moment, workers, step", (("read", 0, 2), ("read", 1, 2), ("score", 0, 3)))
-def test_an_error_between_two_updates_saves_the_last_one(tmp_path, whole, moment, workers, step):
-    """A photo that cannot be read, in training or scoring; the worker's error is one line, too."""
-    out = tmp_path / "out"
-    plan = at(moment, 3, fail, InputError("photo.jpg cannot be read"))
-    code, said = Run(out, "--workers", workers, plan=plan).wait()
-    assert code == 1 and said == (f"points.py: photo.jpg cannot be read (the same command goes on "
-                                  f"from step {step}, {out / 'state.pt'})\n")
-    assert Run(out).wait()[0] == 0 and not moved(whole[0], net_of(out))
-
-
 def test_a_worker_that_dies_ends_the_run_after_its_state_is_saved(tmp_path, whole):
     """Without a hang, also where it dies in the middle of an update."""
     plan = lambda: (at("read", 4, kill, signal.SIGKILL)(), at("update", 2, time.sleep, 0.5)())
@@ -272,34 +281,6 @@ def test_a_worker_that_dies_ends_the_run_after_its_state_is_saved(tmp_path, whol
     step = state_of(tmp_path / "out")["step"]
     assert step >= 1 and f"goes on from step {step}" in said
     check_goes_on(tmp_path / "out", whole, step)
-
-
-@pytest.mark.parametrize("moment, act, line, traces", (
-    ("end of update", partial(fail, ZeroDivisionError("oh")), "in step 3: oh", 1),
-    ("end of update", partial(fail, torch.OutOfMemoryError("CUDA out of memory. Tried ...")),
-     "in step 3: out of memory: try a lower --batch-size or --size, or --recompute", 0),
-    ("update", partial(setattr, torch.Tensor, "square", lambda x: x * float("nan")),
-     "the loss is nan at step 3: try a lower --lr", 0)))
-def test_an_update_that_fails_saves_nothing_and_names_its_step(tmp_path, whole, moment, act, line,
-                                                               traces):
-    """What is half done does not replace the state of an earlier step."""
-    for out, seconds in (tmp_path / "never", 120), (tmp_path / "always", 0):
-        code, said = Run(out, "--save-every", seconds, plan=at(moment, 3, act)).wait()
-        assert code == 1 and said.count("Traceback") == traces and line in said
-    assert not (tmp_path / "never/state.pt").exists()
-    check_goes_on(tmp_path / "always", whole, 2)
-
-
-@pytest.mark.parametrize("room", (450, 3_000))          # neither log nor state fit; the log does
-def test_a_full_disk_leaves_the_last_state(tmp_path, whole, room):
-    def fill():
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
-
-    out, flags = tmp_path / "out", ("--save-every", 0)
-    code, said = Run(out, *flags, plan=at("update", 3, fill)).wait()
-    assert code == 1 and "File too large" in said and "Traceback" not in said
-    check_goes_on(out, whole, 2)
 
 
 def test_a_picture_that_fails_is_said_and_ends_nothing(capsys):
@@ -470,8 +451,8 @@ def test_two_processes_equal_one(tmp_path):
 
 
 @pytest.mark.parametrize("moment, act, flags, code_of_it", (
-    ("read", partial(fail, InputError("photo.jpg cannot be read")), [], 1),
-    ("update", partial(kill, signal.SIGKILL), ["--save-every", 0], -signal.SIGKILL)))
+    ("read", partial(fail, UNREADABLE), (), 1),
+    ("update", partial(kill, signal.SIGKILL), OFTEN, -signal.SIGKILL)))
 def test_no_process_waits_for_one_that_has_ended(tmp_path, moment, act, flags, code_of_it):
     """By an error that it names, after which the other one saves its state; or killed."""
     before, plan = time.time(), at(moment, 3, act)
