@@ -193,11 +193,11 @@ def test_an_unreadable_photo_is_named_once_in_all_epochs(tmp_path, run_of, capfd
     assert [said.count(f"left out: {path} is not") for path in bad] == [1, 1]
 
 
-def test_the_next_photo_of_the_epoch_takes_the_place_of_an_unreadable_one(tmp_path):
+def test_the_next_photo_of_the_epoch_takes_the_place_of_an_unreadable_one():
     def read(item):
         return item if isinstance(item, int) else read_image(item)
     order, source = photos.permutation(10, 3, 0).tolist(), [*range(10)]
-    source[order[4]] = source[order[9]] = tmp_path / "gone.jpg"
+    source[order[4]] = source[order[9]] = "gone.jpg"
     draws = Draws(source, read, int, 3, skip=True)
     assert (draws[4], draws[5], draws[9]) == (order[5], order[5], order[0])
     assert "gone.jpg" in refusal(Draws(source, read, int, 3).__getitem__, 4)       # stage 3
