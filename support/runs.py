@@ -445,10 +445,9 @@ def run(main):
             with suppress(Exception):                   # a full disk: the state before stays
                 Progress.now.save()
         left = f" ({Stopped.left})" if Stopped.left else ""
-        text = f"{Path(sys.argv[0]).name}: {explain(error)}{left}"
         code = 128 + error.args[0] if isinstance(error, Stopped) else 1
         if RANK == 0 or code == 1:
-            print(text, file=sys.stderr)
+            print(f"{Path(sys.argv[0]).name}: {explain(error)}{left}", file=sys.stderr)
         if WORLD > 1:
             time.sleep(1)                               # the others still receive what it has sent
             os._exit(code)                              # and it waits for none of them

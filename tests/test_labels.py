@@ -78,7 +78,8 @@ def test_every_layout_gives_its_pairs_and_class_names(tmp_path, capsys, kind):
     assert ids == [id for id in (0, 1, 2) if id not in LAYOUTS[kind].get("ignore", ())]
     known = LAYOUTS[kind].get("names", ["0", "1", "2"])
     assert classes == [known[id] for id in ids]
-    assert LAYOUTS["VOC"]["names"][15] == LAYOUTS["Cityscapes"]["names"][11] == "person"
+    assert LAYOUTS["VOC"]["names"][20] == "tvmonitor"
+    assert LAYOUTS["Cityscapes"]["names"][18] == "bicycle"
 
 
 @pytest.mark.parametrize("content, says", (
@@ -138,10 +139,11 @@ def test_255_may_be_ignored_or_a_class_and_each_part_needs_labels(tmp_path):
         assert "ids" in refusal(load_data, masks(tmp_path / str(i), [train], [val]), "segment")
 
 
-def test_classes_have_the_names_of_a_file_if_each_has_its_own(tmp_path):
+def test_classes_have_the_names_of_a_file_if_each_has_its_own(tmp_path, capsys):
     data = masks(tmp_path, [noise(20, 24, top=5)], [TWO])
     (tmp_path / "classes.txt").write_text("sky\n\nsea\nsea\n", encoding="utf-8-sig")
     assert load_data(data, "segment")[2:] == (["sky", "1", "2", "3", "4"], [0, 1, 2, 3, 4])
+    assert "without a pixel in train or in val: [2, 3, 4]" in capsys.readouterr().out
 
 
 # ---- Classes
