@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torchvision import tv_tensors
+from torchvision.datasets import Cityscapes
+from torchvision.models.segmentation import FCN_ResNet50_Weights
 from torchvision.transforms import v2
 
 from demo.shapes import Shapes
@@ -15,6 +17,7 @@ from support.photos import BICUBIC, SETS, find_images, open_set, read_image, ref
 from support.photos import save_picture, views
 from support.runs import InputError, bar, one_line
 
+TEXT = dict(encoding="utf-8-sig", errors="replace")     # with a byte-order mark or without
 IGNORE = 255                                # in our masks: neither in the loss nor in the score
 PALETTE = torch.rand(256, 3, generator=torch.Generator().manual_seed(6)) * 0.8 + 0.2
 PALETTE[0], PALETTE[IGNORE] = 0, 1                      # background black, ignored white
@@ -24,14 +27,12 @@ LAYOUTS = {
     "images/masks": dict(photos="{}/images", masks="{}/masks"),
     "VOC": dict(
         photos="JPEGImages", masks="SegmentationClass", listed="ImageSets/Segmentation/{}.txt",
-        names="background, aeroplane, bicycle, bird, boat, bottle, bus, car, cat, chair, cow, "
-        "dining table, dog, horse, motorbike, person, potted plant, sheep, sofa, train, tv"),
-    "CamVid": dict(photos="{}", masks="{}annot", ignore=[11], names="sky, building, pole, road, "
-                   "pavement, tree, sign, fence, car, pedestrian, bicyclist, void"),
+        names=FCN_ResNet50_Weights.DEFAULT.meta["categories"]),         # are VOC's 21
+    "CamVid": dict(photos="{}", masks="{}annot", ignore=[11], names="sky building pole road "
+                   "pavement tree sign fence car pedestrian bicyclist void".split()),
     "Cityscapes": dict(
         photos="leftImg8bit/{}", masks="gtFine/{}", ends=("_leftImg8bit", "_gtFine_labelTrainIds"),
-        names="road, sidewalk, building, wall, fence, pole, traffic light, traffic sign, "
-        "vegetation, terrain, sky, person, rider, car, truck, bus, train, motorcycle, bicycle"),
+        names=[kind.name for kind in Cityscapes.classes if kind.train_id in range(19)]),
     "ADE20K": dict(photos="images/{}", masks="annotations/{}", parts=("training", "validation"),
                    ignore=[0]),
 }
@@ -58,28 +59,18 @@ def read_item(item, task, lookup=None, short=None):
     return read_image(item), tv_tensors.Mask(lookup[read_mask(item[-1]).long()])
 
 
-def lines_of(path):
-    """The lines of a text in UTF-8, with a byte-order mark or without, or PowerShell's UTF-16."""
-    data = Path(path).read_bytes()
-    wide = data[:2] in (b"\xff\xfe", b"\xfe\xff")
-    return data.decode("utf-16" if wide else "utf-8-sig", "replace").splitlines()
-
-
 def pairs(data, part, photos, masks, ends=("", ""), listed=None, **_):
     """A part of a folder that a row of LAYOUTS fits -> [(photo, mask), ...], none looked at."""
     top, below = Path(data, photos.format(part)), Path(data, masks.format(part))
-    paths = [*map(Path, find_images(top))]
-    wanted = found = {str(path.relative_to(top).with_suffix("")): path for path in paths}
-    if again := sorted({*paths} - {*found.values()}):
-        raise InputError(f"{again[0]} has the name of another photo: expected one a mask")
+    found = {path: str(Path(path).relative_to(top).with_suffix("")) for path in find_images(top)}
     if listed:
         file = Path(data, listed.format(part))
-        wanted = {*map(str.strip, lines_of(file))} - {""}
-        if lost := sorted(wanted - found.keys()):
+        wanted = {line.strip() for line in file.read_text(**TEXT).splitlines()} - {""}
+        if lost := sorted(wanted - {*found.values()}):
             raise InputError(f"{file} names {len(lost)} photos that {top} lacks: {lost[:8]}; "
                              "expected names without suffix, a line each")
-    return [(found[name], below / f"{name.replace(*ends)}.png")
-            for name in sorted(wanted)]
+        found = {path: name for path, name in found.items() if name in wanted}
+    return [(Path(path), below / f"{name.replace(*ends)}.png") for path, name in found.items()]
 
 
 def by_layout(data):
@@ -91,8 +82,7 @@ def by_layout(data):
                   for part in parts]
         if all(Path(data, path).exists() for path in needed):
             print(f"{data}: read as {layout}")
-            names = row.get("names", "").split(", ")
-            names = lines_of(own) if own.exists() else names
+            names = own.read_text(**TEXT).splitlines() if own.exists() else row.get("names", [])
             return *(pairs(data, part, **row) for part in parts), names, row
         expected.append(" ".join(dict.fromkeys(needed)))
     raise InputError(f"{data}, --task segment: expected in it {', or '.join(expected)}")
@@ -140,7 +130,7 @@ def load_data(data, task, ignore=None):
         if segment != (data == "voc2012"):
             raise InputError(f"--data {data} has no labels for --task {task}")
         parts = open_set(data)
-        names = LAYOUTS["VOC"]["names"].split(", ") if segment else [
+        names = LAYOUTS["VOC"]["names"] if segment else [
             name if isinstance(name, str) else name[0] for name in parts[0].classes]
     elif segment:
         *parts, names, row = by_layout(data)
@@ -200,17 +190,15 @@ def by_shape(draws):
 def draw_segments(photos, truths, guesses, classes, path, side=160):
     """Write a PNG: photos uint8 (3, H, W), below them their masks and the guesses, and a legend.
     truths, guesses: a class or IGNORE of each pixel (H, W), of any size."""
-    rows, square, names = [[], [], [], []], v2.CenterCrop(side), [*classes, "ignored"]
-    colours = PALETTE[[*range(len(classes)), IGNORE]]                           # (K + 1, 3)
+    rows, square = [[], [], [], []], v2.CenterCrop(side)
     for photo, *masks in zip(photos, truths, guesses):
         photo = v2.functional.resize(photo, None, max_size=side) / 255
         rows[0].append(square(photo))
         for row, mask in zip(rows[1:], masks):
             mask = F.interpolate(mask[None, None].byte(), photo.shape[1:], mode="nearest-exact")
-            colour = colours[mask[0, 0].long().clamp(max=len(classes))].movedim(-1, 0)
-            row.append(square(0.3 * photo + 0.7 * colour))
-    for name, colour in zip(names, colours):
-        swatch = Image.new("RGB", (side, side // 8), tuple((255 * colour).int().tolist()))
+            row.append(square(0.3 * photo + 0.7 * PALETTE[mask[0, 0].long()].movedim(-1, 0)))
+    for i, name in [*enumerate(classes), (IGNORE, "ignored")]:
+        swatch = Image.new("RGB", (side, side // 8), tuple((255 * PALETTE[i]).int().tolist()))
         ImageDraw.Draw(swatch).text((4, 4), name, "white", stroke_width=2, stroke_fill="black")
         rows[3].append(v2.functional.to_image(swatch) / 255)
     save_picture([torch.stack(row) for row in rows], ["photo", "mask", "guess", "classes"], path)

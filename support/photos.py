@@ -59,9 +59,7 @@ def read_image(source, short=None):
 
 def find_images(folder):
     """Sorted paths of all images below a folder. A line says what was found, and what was left
-    out: dot names, MASK_FOLDERS, folders of runs, and links in a circle."""
-    if not os.path.isdir(folder):
-        raise InputError(f"'{folder}' is no folder: expected one that holds images")
+    out: dot names, MASK_FOLDERS, folders of runs, links in a circle, what cannot be listed."""
     found, left_out = [], []
     for top, folders, files in os.walk(folder, followlinks=True,
                                        onerror=lambda error: left_out.append(str(error))):
@@ -102,11 +100,8 @@ def names(source):
 
 
 def refuse_shared(train, held_out):
-    """InputError if both parts list a file, by whatever links, hard ones too."""
-    files = {os.stat(path)[1:3] for path in names(train) if os.path.exists(path)}
-    shared = [path for path in names(held_out)
-              if os.path.exists(path) and os.stat(path)[1:3] in files]
-    if shared:
+    """InputError if both parts list a file, by whatever symbolic links."""
+    if shared := sorted({*names(train)} & {*names(held_out)}):
         raise InputError(f"{len(shared)} photos are trained on and held out: {shared[:8]}")
 
 

@@ -26,15 +26,13 @@ import torch.distributed as dist
 import torch.nn as nn
 from tqdm import tqdm
 
-try:
+fcntl = resource = None
+with suppress(ImportError):                             # Windows has neither
     import fcntl
     import resource
-except ImportError:                                     # Windows has neither
-    fcntl = resource = None
-
-# Other launchers set some of these: without all of them this is one process.
-TORCHRUN = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
-RANK, WORLD = map(int, (os.environ["RANK"], os.environ["WORLD_SIZE"]) if TORCHRUN else (0, 1))
+RANK, WORLD = 0, 1
+if dist.is_torchelastic_launched():                     # other launchers set RANK, too
+    RANK, WORLD = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 LINE_EVERY = 30                                         # seconds, where stderr is no terminal
 bar = partial(tqdm, leave=False, delay=2, disable=RANK > 0 or None)     # None: if no terminal
 
@@ -74,27 +72,23 @@ def write_whole(path, content):
     try:
         part.write_bytes(content)
         part.replace(path)
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from None
     finally:
         part.unlink(missing_ok=True)
 
 
-def real(value):
-    """An argument with real paths for FILE, FILE:OPERATOR and NAME=FILE, also in a list."""
-    if isinstance(value, (list, tuple)):
-        return [real(each) for each in value]
-    if not isinstance(value, str):
-        return value
-    return "".join(os.path.realpath(part) if os.path.exists(part) else part
-                   for part in re.split("([=:])", value))
+def real(value, inputs):
+    """An argument with the real paths of inputs in FILE, FILE:OPERATOR, NAME=FILE, or a list."""
+    if isinstance(value, str):
+        return "".join(os.path.realpath(part) if Path(part) in inputs else part
+                       for part in re.split("([=:])", value))
+    return [real(each, inputs) for each in value] if isinstance(value, (list, tuple)) else value
 
 
 def claim(out, told):
     """Make or find the folder of the run that `told` describes; another run's moves aside. The lock
     on it lasts until this process ends, however it ends."""
-    mark, stopped, new = out / "run.json", (out / "state.pt").is_file(), not out.exists()
-    held = not new and any(not path.name.startswith(".") for path in out.iterdir())
+    mark, stopped = out / "run.json", (out / "state.pt").is_file()
+    held = out.exists() and any(not path.name.startswith(".") for path in out.iterdir())
     if held and not (mark.is_file() and b'"script"' in mark.read_bytes()):
         raise InputError(f"--out {out} holds files that no run of ours wrote: name another")
     out.mkdir(parents=True, exist_ok=True)
@@ -106,22 +100,19 @@ def claim(out, told):
     except (AttributeError, OSError):                   # Windows, or a file system without locks
         pass
     before = json.loads(mark.read_bytes()) if held else told
-    known = {"script": "it ran another script", "read": "photos or weights have changed"}
-    changed = [known.get(key) or f"--{key.replace('_', '-')} was {before.get(key)}"
-               for key in before | told if before.get(key) != told.get(key)]
-    if not new and (changed or not stopped):
+    changed = [f"{key} was {before.get(key)}" for key in before | told
+               if before.get(key) != told.get(key)]
+    if held and (changed or not stopped):
         aside = next(path for path in (Path(f"{out}-{i}") for i in count(1))
                      if not os.path.lexists(path))
         try:
-            out.rename(aside)                           # an empty one, too: a later run will
-        except OSError:
-            raise InputError(f"--out {out} is a mount, or another folder that cannot be renamed "
-                             "when a later run needs it: name a folder in it") from None
-        if held:
-            why = f" (stopped; {'; '.join(changed)})" if stopped else ""
-            print(f"--out {out}: an earlier run was there, now in {aside}{why}")
-            return claim(out, told)
-        aside.rename(out)
+            out.rename(aside)
+        except OSError:                                 # a mount, such as a volume of Docker
+            raise InputError(f"--out {out} holds an earlier run and cannot be renamed: name "
+                             "another, or a folder in it") from None
+        why = f" (stopped; {'; '.join(changed)})" if stopped else ""
+        print(f"--out {out}: an earlier run was there, now in {aside}{why}")
+        return claim(out, told)
     write_whole(mark, told)
 
 
@@ -130,13 +121,14 @@ def open_out(args, inputs, *lists):
     after all checks. inputs: weight files and folders that are read, and must lie apart. Files'
     content and `lists` (of photos' names) are hashed: a run on changed ones is another run."""
     out, digest = Path(os.path.realpath(args.out)), hashlib.sha256(repr(lists).encode())
-    for path in map(Path, filter(None, inputs)):
+    inputs = [*map(Path, inputs)]
+    for path in inputs:
         if out.is_relative_to(path.resolve()) or path.resolve().is_relative_to(out):
             raise InputError(f"--out {out} holds or lies in {path}, which is read: name another")
         digest.update(path.read_bytes() if path.is_file() else b"")
-    told = {key: real(value) for key, value in vars(args).items()
-            if key not in ("out", "workers", "save_every")}         # these may change
-    told |= {"script": Path(sys.argv[0]).name, "read": digest.hexdigest()}
+    told = {"script": Path(sys.argv[0]).name, "hash of photos and weights": digest.hexdigest()}
+    told |= {key: real(value, inputs) for key, value in vars(args).items()
+             if key not in ("out", "workers", "save_every")}        # these may change
     if RANK == 0:
         claim(out, told)
     if WORLD > 1:
@@ -179,14 +171,13 @@ def parse_args(parser, argv, out, defaults, demo, sizes=False):
     if not own and demo != defaults:
         print("demo:", *(f"--{key.replace('_', '-')} {getattr(args, key)}" for key in demo))
     args.every = max(1, args.steps // 10) if args.every is None else args.every
-    for key, least in dict(steps=0, workers=0, save_every=0, batch_size=1, every=1).items():
-        if not getattr(args, key) >= least:             # NaN is not, either
-            key, found = key.replace("_", "-"), getattr(args, key)
-            raise InputError(f"--{key} {found}: expected {least} or more")
-    if args.lr is not None and not 0 < args.lr < math.inf:
-        raise InputError(f"--lr {args.lr}: expected a number above 0")
-    if args.seed.bit_length() > 63:
-        raise InputError(f"--seed {args.seed}: expected at most 63 bits")
+    many = math.inf
+    for key, least, most in (("steps", 0, many), ("batch_size", 1, many), ("workers", 0, many),
+                             ("every", 1, many), ("save_every", 0, many), ("lr", 1e-99, 1e99),
+                             ("seed", 0, 2 ** 63 - 1)):
+        value = getattr(args, key)
+        if value is not None and not least <= value <= most:            # NaN is not, either
+            raise InputError(f"--{key.replace('_', '-')} {value}: expected {least} to {most}")
     if args.batch_size % WORLD:
         raise InputError(f"--batch-size {args.batch_size}: expected a multiple of {WORLD}, one "
                          "part for each process")
@@ -220,22 +211,8 @@ def graphed(function, example):
     """function(example) recorded as one CUDA graph -> call(x), for x of the example's shape.
     One launch replays all kernels, where a ViT at batch 1 otherwise waits for Python. Each call
     overwrites the output of the one before. The weights must stay where they are in memory."""
-    example, stream = example.clone(), torch.cuda.Stream()      # the graph reads its input here
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.no_grad(), torch.cuda.stream(stream):
-        for _ in range(3):                              # compile, choose algorithms, fill caches
-            function(example)
-    stream.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.no_grad(), torch.cuda.graph(graph):
-        out = function(example)
-
-    def replay(x):
-        example.copy_(x)
-        graph.replay()
-        return out
-
-    return replay
+    with torch.no_grad():       # of a function: a module would get another forward, for good
+        return torch.cuda.make_graphed_callables(lambda x: function(x), (example.clone(),))
 
 
 @contextmanager
@@ -261,9 +238,8 @@ def average_gradients(parameters):
     """Put the mean over torchrun's processes in the place of each gradient, in one exchange."""
     gradients = [p.grad for p in parameters if p.grad is not None]
     if WORLD > 1:
-        flat = mean_over_processes(torch.cat([gradient.flatten() for gradient in gradients]))
-        for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients])):
-            gradient.copy_(mean.view_as(gradient))
+        mean = mean_over_processes(nn.utils.parameters_to_vector(gradients))
+        nn.utils.vector_to_parameters(mean, gradients)
 
 
 # ---- Training
@@ -290,9 +266,8 @@ class Progress:
     """A run on its way: log.jsonl, a line that tells of it, and OUT/state.pt.
 
     saved: what open_out found. kept: what else the end of the run needs: numbers, text, tensors.
-    parts: what an update changes, each with a state_dict. `seconds` are those of loading and
-    updates, `images` those of all processes. An error between the step that `steps` gives and
-    done() saves nothing. At any other moment run() saves, whatever happens.
+    parts: what an update changes, each with a state_dict. `images` are those of all processes.
+    An error in an update, between steps() and done(), saves nothing. At other moments run() saves.
     """
     now, signal = None, 0                               # the one in its loop; the number received
 
@@ -345,8 +320,7 @@ class Progress:
         every 30 seconds a line that tells of it; on a terminal more often, in one place."""
         loss = mean_over_processes(torch.tensor(loss, dtype=torch.float64)).item()
         if not math.isfinite(loss):
-            raise InputError(f"the loss is {loss} at step {self.updating}: try a lower --lr than "
-                             f"{self.args.lr}")
+            raise InputError(f"the loss is {loss} at step {self.updating}: try a lower --lr")
         now, (then, step, images), steps = time.perf_counter(), self.told, self.args.steps
         self.step, self.updating = self.updating, 0
         self.seconds += now - self.start
@@ -459,9 +433,6 @@ def run(main):
         line_buffering=True) for number in (null if RANK else 1, 2))
     for number in (signal.SIGINT, signal.SIGTERM):      # a parent process may have them ignored
         signal.signal(number, on_signal)
-    with suppress(AttributeError):                      # a closed terminal's; nohup ignores it
-        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
-            signal.signal(signal.SIGHUP, on_signal)
     code = 0
     try:
         main()
@@ -474,13 +445,9 @@ def run(main):
             with suppress(Exception):                   # a full disk: the state before stays
                 Progress.now.save()
         left = f" ({Stopped.left})" if Stopped.left else ""
-        text = f"{Path(sys.argv[0]).name}: {explain(error)}{left}"
         code = 128 + error.args[0] if isinstance(error, Stopped) else 1
         if RANK == 0 or code == 1:
-            print(text, file=sys.stderr)
-        if "TORCHELASTIC_ERROR_FILE" in os.environ:     # what torchrun says at its end
-            Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(
-                json.dumps(dict(message=text, timestamp=int(time.time()))))
+            print(f"{Path(sys.argv[0]).name}: {explain(error)}{left}", file=sys.stderr)
         if WORLD > 1:
             time.sleep(1)                               # the others still receive what it has sent
             os._exit(code)                              # and it waits for none of them
