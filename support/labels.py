@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torchvision import tv_tensors
 from torchvision.datasets import Cityscapes
-from torchvision.models.segmentation import FCN_ResNet50_Weights
 from torchvision.transforms import v2
 
 from demo.shapes import Shapes
@@ -27,7 +26,9 @@ LAYOUTS = {
     "images/masks": dict(photos="{}/images", masks="{}/masks"),
     "VOC": dict(
         photos="JPEGImages", masks="SegmentationClass", listed="ImageSets/Segmentation/{}.txt",
-        names=FCN_ResNet50_Weights.DEFAULT.meta["categories"]),         # are VOC's 21
+        names="background, aeroplane, bicycle, bird, boat, bottle, bus, car, cat, chair, cow, "
+        "dining table, dog, horse, motorbike, person, potted plant, sheep, sofa, train, tv"
+        .split(", ")),
     "CamVid": dict(photos="{}", masks="{}annot", ignore=[11], names="sky building pole road "
                    "pavement tree sign fence car pedestrian bicyclist void".split()),
     "Cityscapes": dict(

@@ -171,13 +171,14 @@ def parse_args(parser, argv, out, defaults, demo, sizes=False):
     if not own and demo != defaults:
         print("demo:", *(f"--{key.replace('_', '-')} {getattr(args, key)}" for key in demo))
     args.every = max(1, args.steps // 10) if args.every is None else args.every
-    many = math.inf
-    for key, least, most in (("steps", 0, many), ("batch_size", 1, many), ("workers", 0, many),
-                             ("every", 1, many), ("save_every", 0, many), ("lr", 1e-99, 1e99),
-                             ("seed", 0, 2 ** 63 - 1)):
-        value = getattr(args, key)
-        if value is not None and not least <= value <= most:            # NaN is not, either
-            raise InputError(f"--{key.replace('_', '-')} {value}: expected {least} to {most}")
+    for key, least in dict(steps=0, workers=0, save_every=0, batch_size=1, every=1, seed=0).items():
+        if not getattr(args, key) >= least:             # NaN is not, either
+            key, found = key.replace("_", "-"), getattr(args, key)
+            raise InputError(f"--{key} {found}: expected {least} or more")
+    if args.lr is not None and not 0 < args.lr < math.inf:
+        raise InputError(f"--lr {args.lr}: expected a number above 0")
+    if args.seed >= 2 ** 63:
+        raise InputError(f"--seed {args.seed}: expected a number below 2 ** 63")
     if args.batch_size % WORLD:
         raise InputError(f"--batch-size {args.batch_size}: expected a multiple of {WORLD}, one "
                          "part for each process")

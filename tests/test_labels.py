@@ -78,7 +78,7 @@ def test_every_layout_gives_its_pairs_and_class_names(tmp_path, capsys, kind):
     assert ids == [id for id in (0, 1, 2) if id not in LAYOUTS[kind].get("ignore", ())]
     known = LAYOUTS[kind].get("names", ["0", "1", "2"])
     assert classes == [known[id] for id in ids]
-    assert LAYOUTS["VOC"]["names"][20] == "tvmonitor"
+    assert LAYOUTS["VOC"]["names"][20] == "tv"
     assert LAYOUTS["Cityscapes"]["names"][18] == "bicycle"
 
 
