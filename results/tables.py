@@ -94,11 +94,11 @@ def retention_short():
     return retention({row: ROWS[row] for row in rows}, {c: SCORES[c] for c in scores}, False)
 
 
-def efficiency(device="cpu"):
+def efficiency(*dtypes):
     """Images/s of ViT-S/14 at batch 1, and times fused softmax in the same run."""
     lines = []
-    for dtype in ("float32", "bfloat16"):
-        rows = [row for row in read(f"bench-{device}-model-{dtype}.csv")
+    for dtype in dtypes or ("float32", "bfloat16"):
+        rows = [row for row in read(f"bench-cpu-model-{dtype}.csv")
                 if row["name"] in ("softmax", "linear", "linear_conv") and row["images_per_s"]]
         pixels = list(dict.fromkeys(row["pixels"] for row in rows))
         for name in dict.fromkeys(row["name"] for row in rows):
@@ -109,14 +109,65 @@ def efficiency(device="cpu"):
     return table(["ViT-S/14, batch 1", *(f"{p} px" for p in pixels)], lines)
 
 
+def scores(name, rows, columns):
+    """Scores of a study on a CPU: the mean over seeds, and how many seeds there were, if several.
+    In brackets: minus the teacher's."""
+    found = values(name)
+
+    def cell(row, column):
+        if not (seeds := found.get((row, column))):
+            return "-"
+        text, best = f"{mean(seeds):.1f}", mean(found["teacher", column])
+        text += f" ({mean(seeds) - best:+.1f})" if row != "teacher" else ""
+        return text + (f", {len(seeds)} seeds" if len(seeds) > 1 else "")
+
+    return table(["backbone", *columns.values()],
+                 [[title, *(cell(row, column) for column in columns)]
+                  for row, title in rows.items()])
+
+
+def sizes():
+    """linear_conv, aligned at 224 pixels alone and at several sizes."""
+    return scores("study-cpu-224.csv", {
+        "teacher": "teacher", "linear_conv": "aligned at 224", "linear_conv-sizes":
+        "aligned at 224, 336, 448"}, {
+        "classify 0": "top-1, 224 px", "segment 0": "mIoU, 224 px", "segment-at-2-times 0":
+        "448 px, head of 224", "segment-at-3-times-quarter 0": "672 px, head of 224, 121 photos"})
+
+
+def agreement():
+    """CLS cosine, patch cosine and whitened error at each size."""
+    rows = {}
+    for line in read("sizes-cpu.csv"):
+        rows.setdefault(line["student"], []).append(" ".join(
+            f"{float(line[key]):.3f}" for key in ("cls_cosine", "patch_cosine", "whitened_error")))
+    pixels = dict.fromkeys(line["size"] for line in read("sizes-cpu.csv"))
+    return table(["student", *(f"{size} px" for size in pixels)],
+                 [[name, *cells] for name, cells in rows.items()])
+
+
+def tuned():
+    """Frozen and tuned backbones at 112 pixels."""
+    return scores("study-cpu-112.csv", {
+        "teacher": "teacher", "linear_conv-none": "no alignment", "linear": "linear, stages 1 + 2",
+        "linear_conv-one": "linear_conv, stage 1", "linear_conv-two": "linear_conv, stage 2 alone",
+        "linear_conv": "linear_conv, stages 1 + 2", "linear_conv-scratch": "random weights"}, {
+        "classify 0": "top-1, frozen", "tune-classify 0": "top-1, tuned",
+        "segment 0": "mIoU, frozen", "tune-segment 0": "mIoU, tuned"})
+
+
+def efficiency_short():
+    return efficiency("bfloat16")
+
+
 def recipe():
     """Short and long chains at 112 pixels, old recipe and new, see results/README.md."""
     lines = read("recipe-cpu.csv")
     return table(list(lines[0]), [list(line.values()) for line in lines])
 
 
-PAGES = {"README.md": [demo, retention_short, efficiency],
-         "results/README.md": [retention, efficiency, recipe]}
+PAGES = {"README.md": [demo, retention_short, tuned, efficiency_short],
+         "results/README.md": [retention, sizes, agreement, tuned, efficiency, recipe]}
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["collect"]:

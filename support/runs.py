@@ -360,7 +360,7 @@ class Progress:
         step = sorted(self.times)[len(self.times) // 2] if self.times else math.inf
         memory = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else (
             resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1000 if resource else 0)
-        return (f"{step:.3f} s a step, {self.images / max(1, self.step) / step:.0f} images/s, "
+        return (f"{step:.3f} s a step, {self.images / max(1, self.step) / step:.3g} images/s, "
                 f"peak memory {memory / 1e9:.1f} GB")
 
     def finish(self):
