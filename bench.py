@@ -59,7 +59,7 @@ def parse(argv):
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     flag, usual = parser.add_argument, ["softmax_reference", "softmax", "linear", "linear_conv"]
     flag("part", choices=PARTS)
-    flag("--quick", action="store_true", help="few repeats, and the first of each default")
+    flag("--quick", action="store_true", help="few repeats; by default one model, three points")
     flag("--mode", choices=MODES, nargs="+", default=list(MODES if cuda else MODES[:1]),
          help="(default: all on a GPU, eager on a CPU)")
     flag("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto",

@@ -17,7 +17,7 @@ the patch. The score counts the masks' own pixels. A tuned backbone sees crops o
 that size.
 --head mask adds two blocks of the backbone's own attention, in which classes are tokens, too.
 It writes to --out: a checkpoint for each of --weights, metrics.json (the score of every class is
-there), log.jsonl, and to segment segment.png; with --predict a mask of each photo's own size.
+there), log.jsonl, and to segment ROW-segment.png; with --predict masks of the photos' own sizes.
 """
 import math
 import sys
@@ -258,12 +258,12 @@ def begin_row(spec, args, classes, ids):
     torch.manual_seed(args.seed)                        # the same head for each row
     head = make_head(vit.arch, args.task, len(classes), args.head, vit.attention)
     wanted = dict(task=args.task, classes=classes, ids=ids, head_kind=args.head)
-    its_own = wanted.items() <= vit.header.items()
-    if its_own:
+    other = [key for key, value in wanted.items() if vit.header.get(key) != value]
+    if not other:
         load_head(head, file)
     if "classes" in vit.header:
-        print(f"{spec}: its head is " + ("kept" if its_own else f"not kept, expected {wanted}"))
-    return vit, head, stage, its_own
+        print(f"{spec}: its head is", f"not kept: another {', '.join(other)}" if other else "kept")
+    return vit, head, stage, not other
 
 
 def standardised(head, features):

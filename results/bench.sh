@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Every bench-*.csv and -.png here, from the repository's root: bash results/bench.sh
+# The CPU's bench-*.csv and -.png here, from the repository's root: bash results/bench.sh
 # Half an hour on two CPU cores with nothing else running. On a GPU bench.py takes its own defaults.
 set -euo pipefail
 for dtype in float32 bfloat16; do

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from align_features import whitening                                    # noqa: E402
-from model import load_vit                                              # noqa: E402
+from model import load_pair, load_vit                                   # noqa: E402
 from support.photos import Draws, read_image, unlabelled, views         # noqa: E402
 from support.runs import InputError, autocast, device_and_dtype, run, widen     # noqa: E402
 
@@ -39,8 +39,8 @@ def agreement(teacher, students, batches, whiten, constant, device, dtype):
         for have, total in zip(found, sums):
             alike = F.cosine_similarity(have, want, dim=-1)             # (B, N)
             error = ((have - want) @ whiten).square().sum()
-            total += torch.stack([alike[:, 0].sum(), alike[:, prefix:].mean(1).sum(),
-                                  error, energy]).cpu()
+            cls = alike[:, 0].sum() if teacher.arch.cls else alike.new_tensor(math.nan)
+            total += torch.stack([cls, alike[:, prefix:].mean(1).sum(), error, energy]).cpu()
     cosines = sums[:, :2] / len(batches.dataset)
     return torch.cat([cosines, (sums[:, 2:3] / sums[:, 3:]).sqrt()], dim=1).tolist()
 
@@ -72,7 +72,7 @@ def main(argv=None):
     flag("--size", type=int, nargs="+", default=[224, 336, 448, 672, 1022])
     flag("--photos", type=int, default=256, help="of the held-out part (default: 256)")
     flag("--batch-size", type=int, default=8)
-    flag("--dtype", default="auto")
+    flag("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
     flag("--out", default="sizes.csv")
     args = parser.parse_args(argv)
     args.compile = False
@@ -81,7 +81,9 @@ def main(argv=None):
     device, dtype = device_and_dtype(args)
     teacher = load_vit(args.teacher).to(device)
     names, files = zip(*(text.partition("=")[::2] for text in args.students))
-    students = [load_vit(file).to(device) for file in files]
+    students = [load_pair(args.teacher, file)[1].to(device) for file in files]
+    for size in args.size:
+        teacher.grid_of(size, size)                     # a multiple of the patch, or an InputError
     train, held_out = unlabelled(args.data)
     draws = Draws(train, read_image, {args.size[0]: views(args.size[0])[0]}, seed=0, skip=True)
     kept = whitening(teacher, draws, args.size[0], 1024, device, dtype)
@@ -91,7 +93,7 @@ def main(argv=None):
         table = csv.DictWriter(file, ["student", "size", *MEASURES], lineterminator="\n")
         table.writeheader()
         for size in args.size:
-            whole = Draws(held_out, read_image, views(size)[1])
+            whole = Draws(held_out, read_image, views(size)[1], skip=True)
             batches = DataLoader(torch.utils.data.Subset(whole, range(0, len(whole), step)),
                                  args.batch_size)
             found = agreement(teacher, students, batches, whiten, constant, device, dtype)

@@ -8,7 +8,8 @@
 # PHOTOS: folders to align on. PROBE: train/CLASS/, val/CLASS/. VOC: train/images, train/masks, ...
 # SIZE pixels. STEPS of BATCH photos in each stage, TUNED steps of BATCH for a tuned backbone.
 # PARTS: classify and segment (frozen), larger (that head to segment at 2 SIZE and 3 SIZE),
-# tune-classify, tune-segment, tune-mask (the mask head). After all rows:
+# tune-classify, tune-segment, tune-mask (the mask head). OUT: folder to write. FLAGS: more flags.
+# ALONE: rate of stage 2 alone. After all rows:
 #   python results/tables.py collect runs/study results/study.csv
 set -euo pipefail
 SIZE=${SIZE:-224} STEPS=${STEPS:-640} BATCH=${BATCH:-32} TUNED=${TUNED:-400}
@@ -46,6 +47,7 @@ case $kind in
         align two align_features.py --student $weights ;;
 esac
 for part in $PARTS; do
+    if [[ $kind = scratch && $part != tune-* ]]; then continue; fi      # has no features to keep
     case $part in
         classify) score $part classify --size $SIZE --freeze --steps 1000 ;;
         segment) score $part segment --size $SIZE --freeze --steps 400 ;;

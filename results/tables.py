@@ -117,8 +117,8 @@ def scores(name, rows, columns):
     def cell(row, column):
         if not (seeds := found.get((row, column))):
             return "-"
-        text, best = f"{mean(seeds):.1f}", mean(found["teacher", column])
-        text += f" ({mean(seeds) - best:+.1f})" if row != "teacher" else ""
+        text, best = f"{mean(seeds):.1f}", found.get(("teacher", column))
+        text += f" ({mean(seeds) - mean(best):+.1f})" if best and row != "teacher" else ""
         return text + (f", {len(seeds)} seeds" if len(seeds) > 1 else "")
 
     return table(["backbone", *columns.values()],

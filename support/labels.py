@@ -64,6 +64,8 @@ def pairs(data, part, photos, masks, ends=("", ""), listed=None, **_):
     """A part of a folder that a row of LAYOUTS fits -> [(photo, mask), ...], none looked at."""
     top, below = Path(data, photos.format(part)), Path(data, masks.format(part))
     found = {path: str(Path(path).relative_to(top).with_suffix("")) for path in find_images(top)}
+    if len({*found.values()}) < len(found):
+        raise InputError(f"{top} has two photos of one name: expected one a mask")
     if listed:
         file = Path(data, listed.format(part))
         wanted = {line.strip() for line in file.read_text(**TEXT).splitlines()} - {""}
@@ -84,6 +86,8 @@ def by_layout(data):
         if all(Path(data, path).exists() for path in needed):
             print(f"{data}: read as {layout}")
             names = own.read_text(**TEXT).splitlines() if own.exists() else row.get("names", [])
+            if any("\0" in name for name in names):
+                raise InputError(f"{own} is UTF-16: expected a name a line in UTF-8")
             return *(pairs(data, part, **row) for part in parts), names, row
         expected.append(" ".join(dict.fromkeys(needed)))
     raise InputError(f"{data}, --task segment: expected in it {', or '.join(expected)}")

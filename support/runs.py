@@ -92,7 +92,7 @@ def claim(out, told):
     if held and not (mark.is_file() and b'"script"' in mark.read_bytes()):
         raise InputError(f"--out {out} holds files that no run of ours wrote: name another")
     out.mkdir(parents=True, exist_ok=True)
-    claim.lock = open(out / ".lock", "a")
+    claim.lock = open(out / ".lock", "a") if fcntl else None    # Windows renames no folder in use
     try:
         fcntl.lockf(claim.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
@@ -100,8 +100,9 @@ def claim(out, told):
     except (AttributeError, OSError):                   # Windows, or a file system without locks
         pass
     before = json.loads(mark.read_bytes()) if held else told
-    changed = [f"{key} was {before.get(key)}" for key in before | told
-               if before.get(key) != told.get(key)]
+    words = {"script": "it ran another script", "hash": "photos or weights have changed"}
+    changed = [words.get(key) or f"--{key.replace('_', '-')} was {before.get(key)}"
+               for key in before | told if before.get(key) != told.get(key)]
     if held and (changed or not stopped):
         aside = next(path for path in (Path(f"{out}-{i}") for i in count(1))
                      if not os.path.lexists(path))
@@ -121,12 +122,12 @@ def open_out(args, inputs, *lists):
     after all checks. inputs: weight files and folders that are read, and must lie apart. Files'
     content and `lists` (of photos' names) are hashed: a run on changed ones is another run."""
     out, digest = Path(os.path.realpath(args.out)), hashlib.sha256(repr(lists).encode())
-    inputs = [*map(Path, inputs)]
+    inputs = [*map(Path, filter(None, inputs))]
     for path in inputs:
         if out.is_relative_to(path.resolve()) or path.resolve().is_relative_to(out):
             raise InputError(f"--out {out} holds or lies in {path}, which is read: name another")
         digest.update(path.read_bytes() if path.is_file() else b"")
-    told = {"script": Path(sys.argv[0]).name, "hash of photos and weights": digest.hexdigest()}
+    told = {"script": Path(sys.argv[0]).name, "hash": digest.hexdigest()}
     told |= {key: real(value, inputs) for key, value in vars(args).items()
              if key not in ("out", "workers", "save_every")}        # these may change
     if RANK == 0:
@@ -212,8 +213,22 @@ def graphed(function, example):
     """function(example) recorded as one CUDA graph -> call(x), for x of the example's shape.
     One launch replays all kernels, where a ViT at batch 1 otherwise waits for Python. Each call
     overwrites the output of the one before. The weights must stay where they are in memory."""
-    with torch.no_grad():       # of a function: a module would get another forward, for good
-        return torch.cuda.make_graphed_callables(lambda x: function(x), (example.clone(),))
+    example, stream = example.clone(), torch.cuda.Stream()      # the graph reads its input here
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.no_grad(), torch.cuda.stream(stream):
+        for _ in range(3):                              # compile, choose algorithms, fill caches
+            function(example)
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.no_grad(), torch.cuda.graph(graph):
+        out = function(example)
+
+    def replay(x):
+        example.copy_(x)
+        graph.replay()
+        return out
+
+    return replay
 
 
 @contextmanager
@@ -360,7 +375,7 @@ class Progress:
         step = sorted(self.times)[len(self.times) // 2] if self.times else math.inf
         memory = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else (
             resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1000 if resource else 0)
-        return (f"{step:.3f} s a step, {self.images / max(1, self.step) / step:.3g} images/s, "
+        return (f"{step:.3f} s a step, {self.images / max(1, self.step) / step:.1f} images/s, "
                 f"peak memory {memory / 1e9:.1f} GB")
 
     def finish(self):

@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import finetune
 from conftest import (ARCH, SIZE, brief, call, header, log_of, moved, random_images, random_vit,
                       refusal, same, seeded)
+from demo import shapes
 from finetune import (HEADS, HEAD_LR, HEAD_RATES, PALETTE, RATE, SCRATCH_RATE, evaluate,
                       features_of, make_head, standardised, task_loss, upsampled_classes)
 from model import load_vit, read_weights
@@ -41,6 +42,16 @@ def rows_of(out):
 
 def head_of(checkpoint, task):
     return finetune.load_head(make_head(ARCH, task, 2), checkpoint)
+
+
+def test_the_demo_runs_without_data(tmp_path, monkeypatch):
+    """README's first command. Its first call, of all four rows, needs the students of that line."""
+    monkeypatch.chdir(Path(finetune.__file__).parent)
+    for part in ("train", "val"):
+        monkeypatch.setitem(shapes.IMAGES, part, 1000)
+    call(finetune, "--weights", "demo/teacher.safetensors", "demo/teacher.safetensors:linear",
+         "--freeze", "--steps", 3, "--batch-size", 8, "--out", tmp_path)
+    assert [row["attention"] for row in rows_of(tmp_path)] == ["softmax", "linear"]
 
 
 @pytest.fixture

@@ -310,12 +310,12 @@ def test_another_run_moves_the_stopped_one_aside_and_names_what_differs(tmp_path
     Run(out, "--data", photo, plan=stopped).wait()
     command = out, "--data", photo, "--lr", 0.2, "--seed", 3
     said = Run(*command, plan=stopped).wait()[1]
-    assert f"now in {out}-1 (stopped; lr was 0.1; seed was 0)" in said
+    assert f"now in {out}-1 (stopped; --lr was 0.1; --seed was 0)" in said
     photo.write_bytes(b"2")
-    assert f"now in {out}-2 (stopped; hash of photos and weights was " in Run(*command).wait()[1]
+    assert f"now in {out}-2 (stopped; photos or weights have changed)" in Run(*command).wait()[1]
     assert f"an earlier run was there, now in {out}-3\n" in Run(
         *command, name="other.py", plan=stopped).wait()[1]             # it was finished
-    assert f"{out}-4 (stopped; script was other.py)" in Run(*command).wait()[1]
+    assert f"{out}-4 (stopped; it ran another script)" in Run(*command).wait()[1]
     assert [state_of(tmp_path / f"out-{i}")["step"] for i in (1, 2, 4)] == [2, 2, 2]
     assert net_of(tmp_path / "out-3")
 
