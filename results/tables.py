@@ -127,10 +127,10 @@ def scores(name, rows, columns):
 
 
 def sizes():
-    """linear_conv, aligned at 224 pixels alone and at several sizes."""
+    """linear_conv, stage 2 at 224 pixels alone and at several sizes."""
     return scores("study-cpu-224.csv", {
-        "teacher": "teacher", "linear_conv": "aligned at 224", "linear_conv-sizes":
-        "aligned at 224, 336, 448"}, {
+        "teacher": "teacher", "linear_conv": "stage 2 at 224", "linear_conv-sizes":
+        "stage 2 at 224, 336, 448"}, {
         "classify 0": "top-1, 224 px", "segment 0": "mIoU, 224 px", "segment-at-2-times 0":
         "448 px, head of 224", "segment-at-3-times-quarter 0": "672 px, head of 224, 121 photos"})
 
