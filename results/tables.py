@@ -121,9 +121,10 @@ def scores(name, rows, columns):
         text += f" ({mean(seeds) - mean(best):+.1f})" if best and row != "teacher" else ""
         return text + (f", {len(seeds)} seeds" if len(seeds) > 1 else "")
 
+    there = {row for row, _ in found}
     return table(["backbone", *columns.values()],
                  [[title, *(cell(row, column) for column in columns)]
-                  for row, title in rows.items()])
+                  for row, title in rows.items() if row in there])
 
 
 def sizes():
