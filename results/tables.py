@@ -122,6 +122,7 @@ def scores(name, rows, columns):
         return text + (f", {len(seeds)} seeds" if len(seeds) > 1 else "")
 
     there = {row for row, _ in found}
+    columns = {key: title for key, title in columns.items() if any(key == x for _, x in found)}
     return table(["backbone", *columns.values()],
                  [[title, *(cell(row, column) for column in columns)]
                   for row, title in rows.items() if row in there])
