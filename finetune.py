@@ -235,17 +235,18 @@ def evaluate(vit, head, batches, task, classes, device, dtype=torch.float32):
 
 # ---- One of --weights: load, train, score
 
-def load_backbone(spec, from_scratch):
+def load_backbone(spec, args):
     """FILE, NAME, NAME=FILE, each may end in :OPERATOR -> (ViT, the part of that before
     :OPERATOR, stages behind it)."""
     name, _, operator = spec.rpartition(":")
     name, operator = (name, operator) if name and operator in ATTENTION else (spec, None)
     vit = load_vit(name)
-    if from_scratch:
-        return ViT(vit.arch, operator or vit.attention), name, "scratch"
+    if args.from_scratch:
+        arch = vit.arch.learning_at(args.size) if args.size else vit.arch
+        return ViT(arch, operator or vit.attention), name, "scratch"
     if operator in (None, vit.attention):
         return vit, name, vit.header.get("stage", "pretrained")
-    swapped = linearize(vit, operator)
+    swapped = linearize(vit, operator, args.size)
     swapped.header = vit.header                         # its size and kind of head
     return swapped, name, "none"
 
@@ -254,7 +255,7 @@ def begin_row(spec, args, classes, ids):
     """-> ViT and head as they are before training, stages behind the ViT, is the head its own? A
     checkpoint's head is kept if it is for the same task, classes and ids."""
     torch.manual_seed(args.seed)
-    vit, file, stage = load_backbone(spec, args.from_scratch)
+    vit, file, stage = load_backbone(spec, args)
     torch.manual_seed(args.seed)                        # the same head for each row
     head = make_head(vit.arch, args.task, len(classes), args.head, vit.attention)
     wanted = dict(task=args.task, classes=classes, ids=ids, head_kind=args.head)
@@ -486,7 +487,7 @@ def main(argv=None):
         return predict(args, device, dtype)
     files, segment = [], args.task == "segment"
     for spec in args.weights:                           # all must be good before we start
-        vit, file, _ = load_backbone(spec, args.from_scratch)
+        vit, file, _ = load_backbone(spec, args)
         files.append(file)
         if args.size is None:
             args.size = vit.header.get("size", vit.arch.pixels[0])

@@ -20,7 +20,7 @@ import json
 import math
 import os
 import re
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -39,8 +39,7 @@ except ImportError:                                     # Triton comes with torc
     linear_triton = None
 
 
-# ---- Attention: q, k, v, each (B, H, N, D) -> (B, H, N, D), same dtype. Each slow definition is
-# followed by its fast form. The tests compare the two.
+# ---- Attention: q, k, v, each (B, H, N, D) -> (B, H, N, D), same dtype. Definition, fast form.
 
 def softmax_reference(q, k, v):
     """out_i = sum_j softmax_j(q_i . k_j / sqrt(D)) v_j, written out: O(N^2) time and memory."""
@@ -68,7 +67,6 @@ def linear_plain(q, k, v, phi=elu_plus_one):
     with torch.autocast(v.device.type, enabled=False):  # these dtypes are chosen, not inherited
         wide = torch.promote_types(v.dtype, torch.float32)
         work = wide if v.dtype == torch.float16 else v.dtype
-        # The products would copy strided operands anyway. Copied first, every step is faster.
         q, k = phi(q.to(work).contiguous()), phi(k.to(work).contiguous())
         kv = k.mT @ v.to(work)                          # (B,H,D,N) @ (B,H,N,D) -> (B,H,D,D)
         k_sum = k.sum(-2, keepdim=True, dtype=wide)     # (B,H,N,D) -> (B,H,1,D)
@@ -77,17 +75,16 @@ def linear_plain(q, k, v, phi=elu_plus_one):
 
 
 def linear_attention(q, k, v, phi=elu_plus_one):
-    """The same. On a GPU with Triton a fused kernel takes its place for this phi, unless the
-    environment variable ADALA_KERNEL is "plain"."""
+    """The same. On a GPU, Triton's kernel does it for this phi, but not if ADALA_KERNEL=plain."""
     if linear_triton and phi is elu_plus_one and linear_triton.usable(q, linear_plain, k, v):
         return linear_triton.linear_attention(q, k, v)
     return linear_plain(q, k, v, phi)
 
 
 class Operator(nn.Module):
-    """How a block attends. A new one is a subclass, and a line in ATTENTION. function: (q, k, v) ->
-    out, for an operator that is no more than that. bias_shift: stage 1 adds it to the biases of q
-    and k before it trains, so that phi starts where it is exponential."""
+    """How a block attends. A new one is a subclass, or a function (q, k, v) -> out, and a line in
+    ATTENTION. bias_shift: stage 1 first adds it to the biases of q and k, so that phi starts where
+    it is exponential."""
 
     def __init__(self, arch, function=None, bias_shift=0.0):
         super().__init__()
@@ -101,20 +98,35 @@ class Operator(nn.Module):
 
 class LinearConv(Operator):
     """Linear attention, plus a depthwise convolution on V over the grid of patches (JetViT), which
-    adds each patch's neighbours. It starts at zero, equal to "linear". The prefix bypasses it."""
+    adds each patch's neighbours. It starts at zero, equal to "linear". The prefix bypasses it.
+
+    JetViT: its taps lie one patch apart on every grid. Here: (1 + s) / 2 patches on a grid s times
+    as large as where it learned, because softmax's neighbours move with the picture, but not quite.
+    """
 
     def __init__(self, arch):
         super().__init__(arch, bias_shift=-4.0)
+        self.side = min(arch.aligned or arch.grid)      # of the grid on which it learned
         self.conv = nn.Conv2d(arch.width, arch.width, 5, padding=2, groups=arch.width, bias=False)
         nn.init.zeros_(self.conv.weight)
+
+    def spread(self, x, dilation, share):
+        """x (B, C, rows, columns) -> `share` of its convolution, taps `dilation` patches apart."""
+        # In memory C is last already. PyTorch does not see that at B = 1, and is slow if not told.
+        # But with a dilation, oneDNN's bfloat16 gradient of the weight would then be wrong.
+        fast = dilation == 1 or not torch.is_grad_enabled()
+        x = x.contiguous(memory_format=torch.channels_last if fast else torch.contiguous_format)
+        return F.conv2d(x, share * self.conv.weight, padding=2 * dilation, dilation=dilation,
+                        groups=x.shape[1])
 
     def forward(self, q, k, v, grid):
         _, H, N, D = v.shape
         prefix = N - grid[0] * grid[1]
         x = v[:, :, prefix:].transpose(1, 2).flatten(2)                     # (B,H,P,D) -> (B,P,C)
         x = x.mT.unflatten(2, grid)                     # (B,P,C) -> (B,C,rows,columns), a view
-        # In memory C is last already. PyTorch does not see that at B = 1, and is slow if not told.
-        x = self.conv(x.contiguous(memory_format=torch.channels_last))
+        distance = max(1.0, (1 + min(grid) / self.side) / 2)     # of the taps, in patches
+        near, rest = int(distance), distance % 1
+        x = self.spread(x, near, 1 - rest) + (self.spread(x, near + 1, rest) if rest else 0)
         x = x.flatten(2).mT.unflatten(2, (H, D)).transpose(1, 2)            # -> (B,H,P,D)
         return linear_attention(q, k, v) + F.pad(x, (0, 0, prefix, 0))      # (B,H,N,D)
 
@@ -167,7 +179,7 @@ class Architecture:
     act: str = "gelu"                                   # of the MLP; "quick_gelu": OpenAI's CLIP
     norm_pre: bool = False                              # CLIP's LayerNorm before the blocks
     qkv_bias: bool = True
-
+    aligned: tuple = field(default=None, compare=False)     # grid on which the operator learned
     @property
     def pixels(self):
         """Native image size (height, width): the one that the position table was made for."""
@@ -178,12 +190,16 @@ class Architecture:
         """Number of tokens before the patches: CLS and registers."""
         return self.cls + self.registers
 
+    def learning_at(self, size):
+        """The same, for a new operator that learns on images of size x size pixels."""
+        return replace(self, aligned=(size // self.patch,) * 2)
+
 
 def rotate(x, grid):
     """Rotary positions of DINOv3 (arXiv 2508.10104): turn pairs of features by a patch's place.
 
-    x: queries or keys (B, H, N, D) -> the same shape. Prefix tokens are not turned. Linear
-    attention gets them turned, too. Its weights then depend on more than the patches' offset."""
+    x: queries or keys (B, H, N, D) -> the same shape, the prefix as it was. Of linear attention
+    the weights then depend on more than the patches' offset."""
     rows, columns = (((torch.arange(n, device=x.device) + 0.5) / n) * 2 - 1 for n in grid)
     place = torch.cartesian_prod(rows, columns).unsqueeze(-1)           # (P, 2, 1)
     quarter = x.shape[-1] // 4
@@ -260,10 +276,8 @@ class Block(nn.Module):
 
 
 class ViT(nn.Module):
-    """Pre-norm Vision Transformer of every family in FAMILIES.
-
-    attention: a name in ATTENTION, the operator of all blocks. header: what the weight file says
-    of its origin. recompute: compute each block again in the backward pass, which saves memory."""
+    """Pre-norm Vision Transformer of every family in FAMILIES. attention: its name in ATTENTION.
+    header: what its file says. recompute: blocks again in the backward pass, to save memory."""
 
     def __init__(self, arch, attention="softmax"):
         super().__init__()
@@ -283,8 +297,7 @@ class ViT(nn.Module):
         self.norm_pre = nn.LayerNorm(arch.width, eps=arch.eps) if arch.norm_pre else nn.Identity()
         self.blocks = nn.ModuleList(Block(arch, attention) for _ in range(arch.depth))
         self.norm = nn.LayerNorm(arch.width, eps=arch.eps)
-        # Initialise for training from scratch. Operators initialise their own parameters.
-        for name, tensor in self.named_parameters():
+        for name, tensor in self.named_parameters():    # operators initialise their own
             if ".operator." not in name and tensor.ndim > 1:
                 nn.init.trunc_normal_(tensor, std=0.02)
             elif ".operator." not in name and name.endswith(".bias"):
@@ -305,8 +318,7 @@ class ViT(nn.Module):
         return height // patch, width // patch
 
     def positions(self, grid):
-        """The position table for a grid: CLS's row (1, 0 or 1, C) and the patches' (1, P, C). Rows
-        are resized, then columns; both at once take a GPU milliseconds."""
+        """For a grid: CLS's row (1, 0 or 1, C), the patches' table (1, P, C), resized by axes."""
         arch, dtype = self.arch, self.pos_embed.dtype
         cls, table = self.pos_embed.tensor_split([int(arch.cls_position)], dim=1)
         if grid == tuple(arch.grid):
@@ -359,13 +371,12 @@ REGISTERS = dict(layerscale=True, registers=4, cls_position=False, grid=(37, 37)
 DINOV3 = REGISTERS | dict(position="rotary", qkv_bias=False, eps=1e-5, grid=(16, 16))
 SIGLIP = HALF | dict(cls=False, cls_position=False)
 DEIT3 = dict(layerscale=True, cls_position=False)
-LICENCES = {"lvd1689m": "dinov3-license", "laion400m_e32": "mit"}       # by tag; others: apache-2.0
+LICENCES = {"lvd1689m": "dinov3-license"}               # by tag; others: apache-2.0
 FAMILIES = {            # timm's name.tag -> what is no default; {a,b}: one name with a, one with b
     "vit_{small,base,large}_patch14_dinov2.lvd142m": DINOV2,
     "vit_{small,base,large}_patch14_reg4_dinov2.lvd142m": REGISTERS,
     "vit_{small,base,large}_patch16_dinov3.lvd1689m": DINOV3,
     "vit_{base_patch16,base_patch32,large_patch14}_clip_quickgelu_224.openai": QUICK,
-    "vit_base_patch32_clip_quickgelu_224.laion400m_e32": QUICK,
     "vit_base_patch{16,32}_clip_224.laion2b": CLIP,
     "vit_large_patch14_clip_224.laion2b": CLIP | HALF,
     "vit_base_patch16_siglip_{224,256,384,512}.{webli,v2_webli}": SIGLIP,
@@ -426,9 +437,6 @@ def weights_file(spec):
     if Path(spec).is_file():
         return Path(spec), None
     name, _, file = str(spec).partition("=")
-    if "_clip_224.openai" in name:
-        raise InputError(f"{name}: timm's model of this name lacks the QuickGELU of its weights: "
-                         f"expected {name.replace('clip', 'clip_quickgelu')}")
     name = next((key for key in KNOWN if name in (key, key.partition(".")[0])), None)
     if name is None or name == "demo" and not file:     # the demo's file is not online
         raise InputError(f"'{spec}' is neither a weight file nor a known name: expected a file, a "
@@ -440,17 +448,13 @@ def read_weights(path):
     """A weight file, whatever its suffix -> ({name: tensor}, our header; {} if it is not ours)."""
     try:
         with open(path, "rb") as file:
-            start = file.read(200)
-        if start.startswith(b"version https://git-lfs"):
-            raise ValueError("it is a Git LFS pointer: `git lfs pull` fetches the weights")
+            start = file.read(30)
         if start[8:9] == b"{":                          # safetensors: 8 bytes of length, then JSON
             with safe_open(path, "pt") as file:
                 header = json.loads((file.metadata() or {}).get("adala", "{}"))
                 return {name: file.get_tensor(name) for name in file.keys()}, header
-        if start.lstrip().startswith(b"<"):
-            raise ValueError("it is a web page, not the file that it may link to")
         if start[:2] not in (b"PK", b"\x80\x02"):
-            raise ValueError("neither safetensors nor torch.save has written it")
+            raise ValueError(f"expected safetensors or torch.save's, it starts with {start}")
         with open(path, "rb") as file:                  # of a path torch.load reads the suffix
             tree = torch.load(file, map_location="cpu", weights_only=True)
         tensors = {}                                    # {"model": {"a": 1}} -> {"model/a": 1}
@@ -487,10 +491,9 @@ def to_timm_names(tensors, path):
 def load_vit(spec):
     """A pretrained ViT or a student of ours, on the CPU, float32, in eval mode.
 
-    spec: a name in KNOWN (without its tag, the first), which is downloaded once; a file that
-    save_vit wrote; or NAME=FILE for anybody else's, since tensors do not tell activation, eps, mean
-    and positions. InputError: not readable, or a tensor missing, unexpected, mis-shaped, integer
-    or not finite."""
+    spec: a name in KNOWN (without its tag, the first), downloaded once; a file that save_vit wrote;
+    or NAME=FILE for anybody else's, since tensors do not tell activation, eps, mean and positions.
+    InputError: not readable, or a tensor missing, more, mis-shaped, integer or not finite."""
     path, name = weights_file(spec)
     tensors, header = read_weights(path)
     if not header and name is None:
@@ -502,8 +505,6 @@ def load_vit(spec):
         arch = Architecture(**saved) if saved or name is None else KNOWN[name]
         if name and arch != KNOWN[name]:
             raise InputError(f"its header says {arch}")
-        if header.pop("keep_softmax", 0):
-            raise InputError("some of its blocks keep softmax, which is not linear")
         tensors = to_timm_names(tensors, path)
         if "pos_embed" in tensors and not saved:
             patches = tensors["pos_embed"].shape[1] - arch.cls_position
@@ -528,18 +529,20 @@ def load_vit(spec):
     return model.eval()
 
 
-def linearize(model, attention="linear"):
-    """A student: every weight copied, the operator swapped. A new operator starts fresh."""
-    student = ViT(model.arch, attention).to(model.norm.weight)          # device and dtype
+def linearize(model, attention="linear", size=None):
+    """A student: every weight copied, the operator swapped. A new operator starts fresh.
+    size: pixels of the square images on which it will learn (default: the native size)."""
+    arch = model.arch.learning_at(size) if size and attention != model.attention else model.arch
+    student = ViT(arch, attention).to(model.norm.weight)                # device and dtype
     copied = {name: tensor for name, tensor in model.state_dict().items()
               if attention == model.attention or ".operator." not in name}
     student.load_state_dict(student.state_dict() | copied)
     return student.train(model.training)
 
 
-def load_pair(teacher, student=None, attention=None):
+def load_pair(teacher, student=None, attention=None, size=None):
     """Stages 1 and 2: -> (softmax teacher, student to train, sha256 of the teacher's tensors).
-    student: a file that this teacher aligned; None starts from the teacher's weights."""
+    student: a file that this teacher aligned; None: linearize(teacher, attention, size)."""
     theirs = load_vit(teacher)
     if theirs.attention != "softmax":
         raise InputError(f"{teacher} cannot teach: expected softmax, found {theirs.attention}")
@@ -548,7 +551,7 @@ def load_pair(teacher, student=None, attention=None):
         content.update(name.encode() + tensor.numpy().tobytes())
     digest = content.hexdigest()
     if student is None:
-        return theirs, linearize(theirs, attention or "linear"), digest
+        return theirs, linearize(theirs, attention or "linear", size), digest
     ours = load_vit(student)
     if attention not in (None, ours.attention):
         raise InputError(f"--attention {attention}: {student} has {ours.attention} attention")
@@ -561,9 +564,6 @@ def load_pair(teacher, student=None, attention=None):
 def save_vit(model, path, head=None, **facts):
     """Write a ViT, and a task head as head.*, with architecture, operator and facts as a header."""
     tensors = model.state_dict()
-    if model.arch.position == "rotary":                 # timm's names, so that timm reads students
-        tensors = {re.sub(r"^(blocks\.\d+\.)ls([12])\.gamma$", r"\1gamma_\2", name): tensor
-                   for name, tensor in tensors.items()}
     tensors |= {f"head.{name}": t for name, t in (head.state_dict() if head else {}).items()}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     header = {"architecture": asdict(model.arch), "attention": model.attention, **facts}

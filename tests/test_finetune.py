@@ -195,12 +195,13 @@ def test_a_table_has_a_row_for_each_of_weights_and_they_differ_in_nothing_else(
 def test_from_scratch_keeps_only_architecture_and_operator(files, chain, tmp_path):
     file, student = files / "teacher.safetensors", chain / "one/student.safetensors"
     tune(files, tmp_path, "classify", "--from-scratch", "--weights", f"{file}:hedgehog", student,
-         *FROZEN)
+         *FROZEN, "--size", 16)
     start = load_vit(file)
     for row, attention in zip(rows_of(tmp_path), ("hedgehog", "linear"), strict=True):
         vit = load_vit(row["checkpoint"])
         tensors = vit.state_dict()
         assert row["stage"] == "scratch" and vit.attention == attention and vit.arch == start.arch
+        assert vit.arch.aligned == (2, 2)
         assert not any(torch.equal(x, tensors[name]) for name, x in start.state_dict().items())
 
 
@@ -239,7 +240,7 @@ def test_a_head_to_segment_gives_logits_of_each_patch_and_learns_with_all_it_has
     assert all(p.grad is not None and p.grad.any() for p in head.parameters())
 
 
-def test_a_mask_head_costs_as_its_backbone_does_and_its_tokens_bypass_the_grid():
+def test_a_mask_head_costs_as_its_backbone_does_and_its_tokens_bypass_the_grid(monkeypatch):
     """Twice the patches are twice the FLOPs; with softmax they are more. What the first block's
     convolution reads does not depend on the tokens of classes."""
     flops, seen = {}, []
@@ -251,8 +252,8 @@ def test_a_mask_head_costs_as_its_backbone_does_and_its_tokens_bypass_the_grid()
     more = [large / small for small, large in flops.values()]
     assert more[0] < 2.02 < more[1]
     head = make_head(ARCH, "segment", 3, "mask", "linear_conv")
-    conv = head.blocks[0].attn.operator.conv
-    conv.register_forward_hook(lambda _, inputs, out: seen.append(inputs[0]))
+    operator = head.blocks[0].attn.operator
+    monkeypatch.setattr(operator, "spread", lambda x, near, share: seen.append(x) or x)
     for scale in (1, -2):
         head.tokens.data *= scale
         head(seeded(2, 3, 5, ARCH.width))

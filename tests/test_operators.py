@@ -40,16 +40,27 @@ WEIGHTS = {                     # a number for each query and key, given the ope
 WEIGHTS |= {"softmax_reference": WEIGHTS["softmax"], "linear_conv": WEIGHTS["linear"]}
 
 
-@pytest.mark.parametrize("images, prefix, grid", [(2, 0, (4, 5)), (1, 5, (7, 3)), (2, 1, (1, 9))])
+def spread(kernel, distance):
+    """(C, 1, 5, 5) -> a kernel with these taps `distance` patches apart and zeros between."""
+    wide = kernel.new_zeros(len(kernel), 1, 4 * distance + 1, 4 * distance + 1)
+    wide[:, :, ::distance, ::distance] = kernel
+    return wide
+
+
+@pytest.mark.parametrize("images, prefix, grid, near, share", [     # learned on 4 x 6
+    (2, 0, (4, 5), 1, 1), (1, 5, (7, 3), 1, 1), (2, 1, (1, 9), 1, 1), (1, 1, (8, 9), 1, 0.5),
+    (2, 4, (12, 12), 2, 1), (1, 0, (17, 14), 2, 0.75)])
 @pytest.mark.parametrize("name", WEIGHTS)
-def test_operators_equal_their_definitions(name, images, prefix, grid):
-    operator, N = randomise(ATTENTION[name](TWO)).double(), prefix + grid[0] * grid[1]
+def test_operators_equal_their_definitions(name, images, prefix, grid, near, share):
+    arch, N = replace(TWO, aligned=(4, 6)), prefix + grid[0] * grid[1]
+    operator = randomise(ATTENTION[name](arch)).double()
     q, k, v = seeded(3, images, 2, N, 64, dtype=torch.float64)
     weights = WEIGHTS[name](q, k, operator)
     want = weights / weights.sum(-1, keepdim=True) @ v
     if name == "linear_conv":
         image = v[:, :, prefix:].mT.reshape(images, 128, *grid)         # channels: head, then D
-        local = F.conv2d(image, operator.conv.weight, padding=2, groups=128)
+        local = sum(part * F.conv2d(image, spread(operator.conv.weight, n), padding=2 * n,
+                                    groups=128) for n, part in ((near, share), (near + 1, 1 - share)))
         want = want + F.pad(local.view(images, 2, 64, -1).mT, (0, 0, prefix, 0))
     assert torch.allclose(operator(q, k, v, grid), want, rtol=1e-10, atol=1e-12)
 
@@ -146,6 +157,16 @@ def test_twice_the_tokens_cost_a_linear_operator_twice_the_operations(name):
 def test_linear_conv_starts_bit_for_bit_linear():
     inputs = seeded(3, 2, 2, 17, 64)
     assert torch.equal(ATTENTION["linear_conv"](TWO)(*inputs, (3, 4)), linear_attention(*inputs))
+
+
+def test_gradients_of_linear_conv_are_right_in_bfloat16_on_a_larger_grid():
+    """torch 2.14 has a wrong one, of a dilated depthwise convolution, channels last, on a CPU."""
+    arch, found = replace(TINY, width=384, heads=6, aligned=(16, 16)), []
+    operator, inputs = randomise(ATTENTION["linear_conv"](arch)), seeded(3, 4, 6, 1024, 64)
+    for dtype in (torch.bfloat16, torch.float32):
+        out = operator.to(dtype)(*inputs.to(dtype), (32, 32))
+        found += torch.autograd.grad((out * inputs[0].to(dtype)).sum(), operator.conv.weight)
+    assert error(*found) <= 2e-2
 
 
 def test_an_operator_of_ones_own_needs_a_class_and_a_line(monkeypatch, tmp_path, mine):
