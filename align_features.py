@@ -185,8 +185,7 @@ def main(argv=None):
     device, dtype = device_and_dtype(args)
     scaler = torch.amp.GradScaler(device, 2.0 ** 12, enabled=dtype == torch.float16)
 
-    teacher, student, digest = load_pair(args.teacher, args.student, args.attention,
-                                         args.size and args.size[0])
+    teacher, student, digest = load_pair(args.teacher, args.student, args.attention, args.size)
     args.size = args.size or [teacher.arch.pixels[0]]
     for size in args.size:
         teacher.grid_of(size, size)                     # a multiple of the patch, or an InputError

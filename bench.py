@@ -37,8 +37,7 @@ from model import ATTENTION, KNOWN, Architecture, ViT, linearize
 from support.runs import InputError, Stopped, device_and_dtype, graphed, run, write_whole
 
 
-MODELS = {f"vit{size[0]}14": f"vit_{size}_patch14_dinov2.lvd142m"
-          for size in ("small", "base", "large")}
+MODELS = {f"vit{s[0]}14": f"vit_{s}_patch14_dinov2.lvd142m" for s in ("small", "base", "large")}
 POINTS = {"attention": (256, 1024, 4096, 16384, 65536),                 # tokens; others: pixels
           "model": (224, 384, 512, 768, 1024, 1536, 2048)}
 MODES = "eager", "compiled", "graph", "compiled-graph"
