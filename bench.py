@@ -4,15 +4,15 @@
     python bench.py model           # whole ViTs, 224 to 2,048 pixels
     ADALA_KERNEL=plain python bench.py model        # linear without its GPU kernel
 
-Weights and images are random. Modes: eager; compiled, block by block; graph and compiled-graph, the
-forward pass of either as one CUDA graph. Ratios are to fused softmax in the same mode.
+Weights and images are random. Students are as if aligned at the fewest pixels. Modes: eager;
+compiled, block by block; graph, compiled-graph, as one CUDA graph. Ratios are to fused softmax.
 
 Writes bench-DEVICE-PART-DTYPE.csv to --out after every point, and replaces nothing: the next run
 writes ...-1.csv. results/bench_picture.py draws it. Calls take turns, each timed after an untimed
-one of its own, so that other load and the caches affect all alike. Times are medians and quartiles
-after a warm-up. Memory is what a call holds at its peak, on top of weights and inputs. FLOPs are
-those of matrix products and convolutions. Written-out softmax is only run eager, because the
-compiler would put the fused kernel in its place.
+one of its own, so that load and caches affect all alike. Times are medians and quartiles after a
+warm-up. Memory is what a call holds at its peak, on top of weights and inputs. FLOPs are those of
+matrix products and convolutions. Written-out softmax runs eager only, because the compiler would
+put the fused kernel in its place.
 """
 import csv
 import io
@@ -217,10 +217,10 @@ def attention_points(args, device, dtype):
 def model_points(args, device, dtype):
     for title, batch in product(args.models, args.batch_size):
         teacher = ViT(KNOWN[MODELS[title]]).eval()
-        on_cpu = {name: linearize(teacher, name) for name in args.operators}
+        students = {name: linearize(teacher, name, min(args.points)) for name in args.operators}
         arch, vits = teacher.arch, {}
         for name, compiled in product(args.operators, {"compiled" in mode for mode in args.mode}):
-            vits[name, compiled] = linearize(teacher, name).to(device, dtype)
+            vits[name, compiled] = linearize(students[name], name).to(device, dtype)
             for block in vits[name, compiled].blocks if compiled and name != WRITTEN_OUT else ():
                 block.compile(dynamic=False)            # all share what the first one compiled
         for pixels in (round(p / arch.patch) * arch.patch for p in args.points):
@@ -233,7 +233,7 @@ def model_points(args, device, dtype):
                     make = once_graphed if "graph" in mode else partial
                     calls[name, mode] = make(vits[name, "compiled" in mode], images)
             counted = {name: lambda vit=vit: vit(torch.randn(shape))
-                       for name, vit in on_cpu.items()}
+                       for name, vit in students.items()}
             yield facts, calls, counted
 
 
