@@ -217,13 +217,14 @@ def attention_points(args, device, dtype):
 def model_points(args, device, dtype):
     for title, batch in product(args.models, args.batch_size):
         teacher = ViT(KNOWN[MODELS[title]]).eval()
-        students = {name: linearize(teacher, name, min(args.points)) for name in args.operators}
         arch, vits = teacher.arch, {}
+        sizes = [round(p / arch.patch) * arch.patch for p in args.points]
+        students = {name: linearize(teacher, name, min(sizes)) for name in args.operators}
         for name, compiled in product(args.operators, {"compiled" in mode for mode in args.mode}):
             vits[name, compiled] = linearize(students[name], name).to(device, dtype)
             for block in vits[name, compiled].blocks if compiled and name != WRITTEN_OUT else ():
                 block.compile(dynamic=False)            # all share what the first one compiled
-        for pixels in (round(p / arch.patch) * arch.patch for p in args.points):
+        for pixels in sizes:
             tokens, shape = arch.prefix + (pixels // arch.patch) ** 2, (batch, 3, pixels, pixels)
             facts = {"model": title, "heads": arch.heads, "batch": batch, "pixels": pixels,
                      "tokens": tokens}

@@ -242,8 +242,7 @@ def load_backbone(spec, args):
     name, operator = (name, operator) if name and operator in ATTENTION else (spec, None)
     vit = load_vit(name)
     if args.from_scratch:
-        arch = vit.arch.learning_at(args.size) if args.size else vit.arch
-        return ViT(arch, operator or vit.attention), name, "scratch"
+        return linearize(ViT(vit.arch), operator or vit.attention, args.size), name, "scratch"
     if operator in (None, vit.attention):
         return vit, name, vit.header.get("stage", "pretrained")
     swapped = linearize(vit, operator, args.size)

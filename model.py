@@ -100,20 +100,20 @@ class LinearConv(Operator):
     """Linear attention, plus a depthwise convolution on V over the grid of patches (JetViT), which
     adds each patch's neighbours. It starts at zero, equal to "linear". The prefix bypasses it.
 
-    JetViT: its taps lie one patch apart on every grid. Here: (1 + s) / 2 patches on a grid s times
-    as large as where it learned, because softmax's neighbours move with the picture, but not quite.
-    """
+    JetViT: its taps lie one patch apart on every grid. Here: (1 + s) / 2 patches, at least 1, where
+    the grid's shorter side is s times that on which it learned, because so do softmax's neighbours
+    (measured in results/README.md). Between two whole distances it is a mix of both."""
 
     def __init__(self, arch):
         super().__init__(arch, bias_shift=-4.0)
-        self.side = min(arch.aligned or arch.grid)      # of the grid on which it learned
-        self.conv = nn.Conv2d(arch.width, arch.width, 5, padding=2, groups=arch.width, bias=False)
+        self.side = arch.aligned or min(arch.grid)      # of the grid on which it learned
+        self.conv = nn.Conv2d(arch.width, arch.width, 5, groups=arch.width, bias=False)
         nn.init.zeros_(self.conv.weight)
 
     def spread(self, x, dilation, share):
         """x (B, C, rows, columns) -> `share` of its convolution, taps `dilation` patches apart."""
         # In memory C is last already. PyTorch does not see that at B = 1, and is slow if not told.
-        # But with a dilation, oneDNN's bfloat16 gradient of the weight would then be wrong.
+        # But with a dilation oneDNN would return a wrong bfloat16 gradient (torch 2.11 and 2.14).
         fast = dilation == 1 or not torch.is_grad_enabled()
         x = x.contiguous(memory_format=torch.channels_last if fast else torch.contiguous_format)
         return F.conv2d(x, share * self.conv.weight, padding=2 * dilation, dilation=dilation,
@@ -124,10 +124,11 @@ class LinearConv(Operator):
         prefix = N - grid[0] * grid[1]
         x = v[:, :, prefix:].transpose(1, 2).flatten(2)                     # (B,H,P,D) -> (B,P,C)
         x = x.mT.unflatten(2, grid)                     # (B,P,C) -> (B,C,rows,columns), a view
-        distance = max(1.0, (1 + min(grid) / self.side) / 2)     # of the taps, in patches
+        distance = max(1.0, (1 + min(grid) / self.side) / 2)         # of the taps, in patches
         near, rest = int(distance), distance % 1
-        x = self.spread(x, near, 1 - rest) + (self.spread(x, near + 1, rest) if rest else 0)
-        x = x.flatten(2).mT.unflatten(2, (H, D)).transpose(1, 2)            # -> (B,H,P,D)
+        y = self.spread(x, near, 1 - rest)
+        y = y + self.spread(x, near + 1, rest) if rest else y
+        x = y.flatten(2).mT.unflatten(2, (H, D)).transpose(1, 2)            # -> (B,H,P,D)
         return linear_attention(q, k, v) + F.pad(x, (0, 0, prefix, 0))      # (B,H,N,D)
 
 
@@ -179,7 +180,8 @@ class Architecture:
     act: str = "gelu"                                   # of the MLP; "quick_gelu": OpenAI's CLIP
     norm_pre: bool = False                              # CLIP's LayerNorm before the blocks
     qkv_bias: bool = True
-    aligned: tuple = field(default=None, compare=False)     # grid on which the operator learned
+    aligned: int = field(default=None, compare=False)   # grid's side on which its operator learned
+
     @property
     def pixels(self):
         """Native image size (height, width): the one that the position table was made for."""
@@ -189,10 +191,6 @@ class Architecture:
     def prefix(self):
         """Number of tokens before the patches: CLS and registers."""
         return self.cls + self.registers
-
-    def learning_at(self, size):
-        """The same, for a new operator that learns on images of size x size pixels."""
-        return replace(self, aligned=(size // self.patch,) * 2)
 
 
 def rotate(x, grid):
@@ -318,7 +316,7 @@ class ViT(nn.Module):
         return height // patch, width // patch
 
     def positions(self, grid):
-        """For a grid: CLS's row (1, 0 or 1, C), the patches' table (1, P, C), resized by axes."""
+        """For a grid: CLS's row (1, 0 or 1, C), the patches' table (1, P, C), resized by axis."""
         arch, dtype = self.arch, self.pos_embed.dtype
         cls, table = self.pos_embed.tensor_split([int(arch.cls_position)], dim=1)
         if grid == tuple(arch.grid):
@@ -350,11 +348,9 @@ class ViT(nn.Module):
     def forward(self, images):
         """Normalised images (B, 3, height, width) -> tokens (B, N, C): CLS, registers, patches."""
         x, grid = self.embed(images)
+        again = self.recompute and torch.is_grad_enabled()
         for block in self.blocks:
-            if self.recompute and torch.is_grad_enabled():
-                x = checkpoint(block, x, grid, use_reentrant=False)
-            else:
-                x = block(x, grid)
+            x = checkpoint(block, x, grid, use_reentrant=False) if again else block(x, grid)
         return self.norm(x)
 
 
@@ -502,9 +498,12 @@ def load_vit(spec):
     try:
         saved = {key: tuple(value) if isinstance(value, list) else value
                  for key, value in header.pop("architecture", {}).items()}
-        arch = Architecture(**saved) if saved or name is None else KNOWN[name]
+        # A file without "aligned" is older than the spread: its taps lie one patch apart.
+        arch = Architecture(**{"aligned": 10**6} | saved) if saved or name is None else KNOWN[name]
         if name and arch != KNOWN[name]:
             raise InputError(f"its header says {arch}")
+        if header.pop("keep_softmax", 0):
+            raise InputError("some of its blocks keep softmax, which is not linear")
         tensors = to_timm_names(tensors, path)
         if "pos_embed" in tensors and not saved:
             patches = tensors["pos_embed"].shape[1] - arch.cls_position
@@ -523,8 +522,7 @@ def load_vit(spec):
     except Exception as error:                          # names, shapes or kinds differ
         raise InputError(f"{path} does not fit {name or 'its header'}: {one_line(error)}") from None
     if name:
-        print(f"{path}: read as {name}, mean {arch.mean}, std {arch.std}, "
-              f"positions by the rule '{arch.position}'")
+        print(f"{path}: read as {name}, mean {arch.mean}, std {arch.std}, position {arch.position}")
     model.header = header
     return model.eval()
 
@@ -532,7 +530,9 @@ def load_vit(spec):
 def linearize(model, attention="linear", size=None):
     """A student: every weight copied, the operator swapped. A new operator starts fresh.
     size: pixels of the square images on which it will learn (default: the native size)."""
-    arch = model.arch.learning_at(size) if size and attention != model.attention else model.arch
+    arch, size = model.arch, model.arch.pixels[0] if size is None else size
+    if attention != model.attention:
+        arch = replace(arch, aligned=model.grid_of(size, size)[0])
     student = ViT(arch, attention).to(model.norm.weight)                # device and dtype
     copied = {name: tensor for name, tensor in model.state_dict().items()
               if attention == model.attention or ".operator." not in name}
@@ -542,7 +542,7 @@ def linearize(model, attention="linear", size=None):
 
 def load_pair(teacher, student=None, attention=None, sizes=None):
     """Stages 1 and 2: -> (softmax teacher, student to train, sha256 of the teacher's tensors).
-    student: a file that this teacher aligned; None: linearize(teacher, attention, sizes[0])."""
+    student: a file that this teacher aligned; None: by linearize(). sizes: --size, or None."""
     theirs = load_vit(teacher)
     if theirs.attention != "softmax":
         raise InputError(f"{teacher} cannot teach: expected softmax, found {theirs.attention}")

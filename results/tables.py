@@ -129,12 +129,29 @@ def scores(name, rows, columns):
 
 
 def sizes():
-    """linear_conv, stage 2 at 224 pixels alone and at several sizes."""
+    """linear_conv, stage 2 at 224 pixels alone and at several sizes; longer; its taps fixed."""
     return scores("study-cpu-224.csv", {
-        "teacher": "teacher", "linear_conv": "stage 2 at 224", "linear_conv-sizes":
-        "stage 2 at 224, 336, 448"}, {
+        "teacher": "teacher", "linear_conv-fixed": "stage 2 at 224, taps 1 patch apart",
+        "linear_conv": "stage 2 at 224", "linear_conv-long": "the same, 320 steps of stage 2",
+        "linear_conv-sizes-fixed": "stage 2 at 224, 336, 448, taps 1 patch apart",
+        "linear_conv-sizes": "stage 2 at 224, 336, 448"}, {
         "classify 0": "top-1, 224 px", "segment 0": "mIoU, 224 px", "segment-at-2-times 0":
-        "448 px, head of 224", "segment-at-3-times-quarter 0": "672 px, head of 224, 121 photos"})
+        "448 px, head of 224", "segment-at-3-times-quarter 0": "672 px, head of 224, 121 photos",
+        "tune-classify 0": "top-1, tuned"})
+
+
+def spread():
+    """Patch cosine of linear_conv, by the distance of its taps at s times the size it learned at.
+    Not every distance was tried: each column has the nearest one."""
+    lines, rows = read("spread-cpu.csv"), []
+    for learned, size in dict.fromkeys((line["learned_at"], line["size"]) for line in lines
+                                       if line["learned_at"] != line["size"]):
+        tried = {float(line["distance"]): line["patch_cosine"] for line in lines
+                 if (line["learned_at"], line["size"]) == (learned, size)}
+        times = int(size) / int(learned)
+        near = [min(tried, key=lambda d: abs(d - wanted)) for wanted in (1, (1 + times) / 2, times)]
+        rows.append([f"{learned} px", f"{size} px", *(f"{tried[d]} ({d:g})" for d in near)])
+    return table(["learned at", "seen at", "1 patch", "(1 + s) / 2", "s"], rows)
 
 
 def agreement():
@@ -169,7 +186,7 @@ def recipe():
 
 
 PAGES = {"README.md": [demo, retention_short, tuned, efficiency_short],
-         "results/README.md": [retention, sizes, agreement, tuned, efficiency, recipe]}
+         "results/README.md": [retention, sizes, agreement, spread, tuned, efficiency, recipe]}
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["collect"]:

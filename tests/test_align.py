@@ -157,11 +157,11 @@ def test_an_operators_own_parameters_learn_faster(files, tmp_path):
 
 
 def test_a_new_operator_learns_at_the_first_size_and_keeps_it(files, tmp_path):
-    one, two, three = tmp_path / "one", tmp_path / "two", tmp_path / "three"
+    one, two, three = (tmp_path / name for name in ("one", "two", "three"))
     brief(align_attention, files, one, "--attention", "linear_conv", "--size", 16, 24)
     brief(align_features, files, two, "--student", one / "student.safetensors")
     brief(align_features, files, three, "--attention", "linear_conv", "--size", 24)
-    assert [student_of(out).arch.aligned for out in (one, two, three)] == [(2, 2), (2, 2), (3, 3)]
+    assert [student_of(out).arch.aligned for out in (one, two, three)] == [2, 2, 3]
 
 
 def test_the_report_of_stage_1_is_of_the_written_student(files, chain):

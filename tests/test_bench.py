@@ -143,8 +143,8 @@ def test_part_attention(tmp_path):
 
 
 def test_part_model(tmp_path):
-    names = "softmax_reference", "softmax", "linear"
-    rows = table(tmp_path, "model", "--quick", "--batch-size", "1", "2", "--points", "30", "55",
+    names = "softmax_reference", "softmax", "linear", "linear_conv"
+    rows = table(tmp_path, "model", "--quick", "--batch-size", "1", "2", "--points", "27", "55",
                  "--operators", *names)
     consistent(rows)
     assert {(row["name"], row["batch"], row["pixels"], row["tokens"]) for row in rows} == {
@@ -152,7 +152,9 @@ def test_part_model(tmp_path):
     for row in rows:
         N, C = row["tokens"], TINY.width
         linears = 2 * N * C * (4 * C + 2 * TINY.hidden) * TINY.depth + 2 * (N - 1) * C * 3 * 14 ** 2
-        maps = 4 * N * C * {"linear": 64.5}.get(row["name"], N) * TINY.depth
+        maps = 4 * N * C * (64.5 if "linear" in row["name"] else N) * TINY.depth
+        if row["name"] == "linear_conv":                # at twice the fewest pixels, two
+            maps += 2 * (N - 1) * C * 5 ** 2 * TINY.depth * row["pixels"] // 28
         assert row["gflops"] == pytest.approx(1e-9 * row["batch"] * (linears + maps), rel=1e-4)
 
 

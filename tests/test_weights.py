@@ -63,12 +63,23 @@ def test_a_file_of_ours_is_written_whole_or_not_at_all(path, monkeypatch):
 
 
 def test_a_file_says_on_which_grid_its_operator_learned_and_a_new_one_learns_on_its_own(path):
-    teacher = ViT(RICH)
-    save_vit(linearize(teacher, "linear_conv", 40), path)
-    for vit in (load_vit(path), linearize(load_vit(path), "linear_conv", 80)):      # it keeps it
-        assert vit.arch.aligned == (5, 5) and vit.blocks[0].attn.operator.side == 5
-    assert linearize(load_vit(path), "linear", 80).arch.aligned == (10, 10)
-    assert linearize(teacher, "linear_conv").blocks[0].attn.operator.side == min(RICH.grid)
+    save_vit(linearize(ViT(TINY), "linear_conv", 40), path)
+    student = load_vit(path)
+    for vit in (student, linearize(student, "linear_conv", 80)):        # what it learnt stays
+        assert vit.arch.aligned == vit.blocks[0].attn.operator.side == 5
+    assert linearize(student, "linear", 80).arch.aligned == 10
+    assert linearize(student, "linear").arch.aligned == 4               # the native size
+    assert "multiples of the patch, 8" in refusal(linearize, student, "linear", 44)
+
+
+def test_a_file_older_than_the_spread_keeps_its_taps_one_patch_apart(path):
+    student, images = randomise(linearize(VIT, "linear_conv", 16)), seeded(1, 3, 48, 48)
+    old = {key: value for key, value in asdict(student.arch).items() if key != "aligned"}
+    save_file(student.state_dict(), path, {"adala": json.dumps(
+        {"architecture": old, "attention": "linear_conv"})})
+    for block in student.blocks:
+        block.attn.operator.side = 6                    # of this grid
+    assert torch.equal(load_vit(path)(images), student(images))
 
 
 def test_a_student_is_taken_with_its_own_teacher_alone_by_whatever_name(tmp_path):
@@ -156,7 +167,7 @@ def test_official_dinov2_with_registers_adds_clss_position(tmp_path, monkeypatch
     ({BIAS: torch.full((192,), torch.inf)}, OURS, (BIAS, "expected finite")),
     ({}, 3, []), ({}, {"attention": "linear"}, []), ({}, {"architecture": {"width": 64}}, []),
     ({}, {"architecture": asdict(TINY) | {"grid": 4}}, []),
-    ({}, OURS | {"attention": "mamba"}, ["mamba"])])
+    ({}, OURS | {"attention": "mamba"}, ["mamba"]), ({}, OURS | {"keep_softmax": 1}, ["softmax"])])
 def test_a_tensor_or_a_header_that_does_not_fit_is_named(path, change, header, words):
     tensors = {name: t for name, t in (MANY | change).items() if t is not None}
     save_file(tensors, path, {"adala": json.dumps(header)})
