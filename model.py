@@ -110,25 +110,25 @@ class LinearConv(Operator):
         self.conv = nn.Conv2d(arch.width, arch.width, 5, groups=arch.width, bias=False)
         nn.init.zeros_(self.conv.weight)
 
-    def spread(self, x, dilation, share):
-        """x (B, C, rows, columns) -> `share` of its convolution, taps `dilation` patches apart."""
-        # In memory C is last already. PyTorch does not see that at B = 1, and is slow if not told.
-        # But with a dilation oneDNN would return a wrong bfloat16 gradient (torch 2.11 and 2.14).
-        fast = dilation == 1 or not torch.is_grad_enabled()
-        x = x.contiguous(memory_format=torch.channels_last if fast else torch.contiguous_format)
-        return F.conv2d(x, share * self.conv.weight, padding=2 * dilation, dilation=dilation,
-                        groups=x.shape[1])
+    def kernel(self, grid):
+        """The convolution's weight for a grid, (C, 1, n, n), zeros between its taps: with conv2d's
+        dilation oneDNN's bfloat16 gradient would be wrong (torch 2.11 and 2.14)."""
+        weight, distance = self.conv.weight, max(1.0, (1 + min(grid) / self.side) / 2)
+        reach = 2 * math.ceil(distance)
+        kernel = weight.new_zeros(len(weight), 1, 2 * reach + 1, 2 * reach + 1)
+        for step in {int(distance), math.ceil(distance)}:               # one, or two that share
+            taps = slice(reach - 2 * step, reach + 2 * step + 1, step)
+            kernel[:, :, taps, taps] += (1 - abs(distance - step)) * weight
+        return kernel
 
     def forward(self, q, k, v, grid):
         _, H, N, D = v.shape
         prefix = N - grid[0] * grid[1]
         x = v[:, :, prefix:].transpose(1, 2).flatten(2)                     # (B,H,P,D) -> (B,P,C)
-        x = x.mT.unflatten(2, grid)                     # (B,P,C) -> (B,C,rows,columns), a view
-        distance = max(1.0, (1 + min(grid) / self.side) / 2)         # of the taps, in patches
-        near, rest = int(distance), distance % 1
-        y = self.spread(x, near, 1 - rest)
-        y = y + self.spread(x, near + 1, rest) if rest else y
-        x = y.flatten(2).mT.unflatten(2, (H, D)).transpose(1, 2)            # -> (B,H,P,D)
+        # In memory C is last already. PyTorch does not see that at B = 1, and is slow if not told.
+        x = x.mT.unflatten(2, grid).contiguous(memory_format=torch.channels_last)
+        x = F.conv2d(x, self.kernel(grid), padding="same", groups=H * D)    # (B,C,rows,columns)
+        x = x.flatten(2).mT.unflatten(2, (H, D)).transpose(1, 2)            # -> (B,H,P,D)
         return linear_attention(q, k, v) + F.pad(x, (0, 0, prefix, 0))      # (B,H,N,D)
 
 

@@ -40,13 +40,6 @@ WEIGHTS = {                     # a number for each query and key, given the ope
 WEIGHTS |= {"softmax_reference": WEIGHTS["softmax"], "linear_conv": WEIGHTS["linear"]}
 
 
-def spread(kernel, distance):
-    """(C, 1, 5, 5) -> a kernel with these taps `distance` patches apart and zeros between."""
-    wide = kernel.new_zeros(len(kernel), 1, 4 * distance + 1, 4 * distance + 1)
-    wide[:, :, ::distance, ::distance] = kernel
-    return wide
-
-
 @pytest.mark.parametrize("images, prefix, grid, near, share", [     # learned on 4 x 4
     (2, 0, (4, 5), 1, 1), (1, 5, (7, 3), 1, 1), (2, 1, (1, 9), 1, 1), (1, 1, (8, 9), 1, 0.5),
     (2, 4, (12, 12), 2, 1), (1, 0, (17, 14), 2, 0.75)])
@@ -59,7 +52,7 @@ def test_operators_equal_their_definitions(name, images, prefix, grid, near, sha
     want = weights / weights.sum(-1, keepdim=True) @ v
     if name == "linear_conv":
         image = v[:, :, prefix:].mT.reshape(images, 128, *grid)         # channels: head, then D
-        local = sum(part * F.conv2d(image, spread(operator.conv.weight, n), padding=2 * n,
+        local = sum(part * F.conv2d(image, operator.conv.weight, padding="same", dilation=n,
                                     groups=128)
                     for n, part in ((near, share), (near + 1, 1 - share)))
         want = want + F.pad(local.view(images, 2, 64, -1).mT, (0, 0, prefix, 0))
@@ -163,7 +156,8 @@ def test_linear_conv_starts_bit_for_bit_linear():
 
 
 def test_gradients_of_linear_conv_are_right_in_bfloat16_on_a_larger_grid():
-    """oneDNN has a wrong one, of a dilated depthwise convolution, channels last (torch 2.14)."""
+    """oneDNN has a wrong one, of a dilated depthwise convolution, channels last (torch 2.14). So
+    has what the compiler makes of another layout."""
     arch, found = replace(TINY, width=384, heads=6, aligned=16), []
     operator, inputs = randomise(ATTENTION["linear_conv"](arch)), seeded(3, 4, 6, 1024, 64)
     for dtype in (torch.bfloat16, torch.float32):
