@@ -32,7 +32,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch.utils.checkpoint import checkpoint
 
-from support.runs import InputError, one_line, rank_0_first, write_whole
+from support.runs import InputError, one_line, rank_0_first, widen, write_whole
 try:
     from support import linear_triton
 except ImportError:                                     # Triton comes with torch on Linux alone
@@ -110,16 +110,13 @@ class LinearConv(Operator):
         self.conv = nn.Conv2d(arch.width, arch.width, 5, groups=arch.width, bias=False)
         nn.init.zeros_(self.conv.weight)
 
-    def kernel(self, grid):
-        """The convolution's weight for a grid, (C, 1, n, n), zeros between its taps: with conv2d's
-        dilation oneDNN's bfloat16 gradient would be wrong (torch 2.11 and 2.14)."""
-        weight, distance = self.conv.weight, max(1.0, (1 + min(grid) / self.side) / 2)
-        reach = 2 * math.ceil(distance)
-        kernel = weight.new_zeros(len(weight), 1, 2 * reach + 1, 2 * reach + 1)
-        for step in {int(distance), math.ceil(distance)}:               # one, or two that share
-            taps = slice(reach - 2 * step, reach + 2 * step + 1, step)
-            kernel[:, :, taps, taps] += (1 - abs(distance - step)) * weight
-        return kernel
+    def spread(self, x, step, share):
+        """x (B, C, rows, columns) -> `share` of its convolution, taps `step` patches apart."""
+        weight = share * self.conv.weight
+        if step > 1 and x.is_cpu and torch.is_grad_enabled():
+            x = widen(x)                # oneDNN's bfloat16 gradient is wrong (torch 2.11 and 2.14)
+        with torch.autocast(x.device.type, enabled=False):
+            return F.conv2d(x, weight.to(x.dtype), padding="same", dilation=step, groups=x.shape[1])
 
     def forward(self, q, k, v, grid):
         _, H, N, D = v.shape
@@ -127,9 +124,12 @@ class LinearConv(Operator):
         x = v[:, :, prefix:].transpose(1, 2).flatten(2)                     # (B,H,P,D) -> (B,P,C)
         # In memory C is last already. PyTorch does not see that at B = 1, and is slow if not told.
         x = x.mT.unflatten(2, grid).contiguous(memory_format=torch.channels_last)
-        x = F.conv2d(x, self.kernel(grid), padding="same", groups=H * D)    # (B,C,rows,columns)
-        x = x.flatten(2).mT.unflatten(2, (H, D)).transpose(1, 2)            # -> (B,H,P,D)
-        return linear_attention(q, k, v) + F.pad(x, (0, 0, prefix, 0))      # (B,H,N,D)
+        distance = max(1.0, (1 + min(grid) / self.side) / 2)
+        near, rest = int(distance), distance % 1
+        y = self.spread(x, near, 1 - rest)                                  # (B,C,rows,columns)
+        y = y + self.spread(x, near + 1, rest) if rest else y
+        y = y.to(v.dtype).flatten(2).mT.unflatten(2, (H, D)).transpose(1, 2)    # -> (B,H,P,D)
+        return linear_attention(q, k, v) + F.pad(y, (0, 0, prefix, 0))      # (B,H,N,D)
 
 
 class Hedgehog(Operator):

@@ -156,8 +156,7 @@ def test_linear_conv_starts_bit_for_bit_linear():
 
 
 def test_gradients_of_linear_conv_are_right_in_bfloat16_on_a_larger_grid():
-    """oneDNN has a wrong one, of a dilated depthwise convolution, channels last (torch 2.14). So
-    has what the compiler makes of another layout."""
+    """oneDNN has a wrong one, of a dilated depthwise convolution, channels last (torch 2.14)."""
     arch, found = replace(TINY, width=384, heads=6, aligned=16), []
     operator, inputs = randomise(ATTENTION["linear_conv"](arch)), seeded(3, 4, 6, 1024, 64)
     for dtype in (torch.bfloat16, torch.float32):
