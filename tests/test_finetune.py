@@ -254,7 +254,7 @@ def test_a_mask_head_costs_as_its_backbone_does_and_its_tokens_bypass_the_grid(m
     assert more[0] < 2.02 < more[1]
     head = make_head(ARCH, "segment", 3, "mask", "linear_conv")
     operator = head.blocks[0].attn.operator
-    monkeypatch.setattr(F, "conv2d", lambda x, *args, **more: seen.append(x) or x)
+    monkeypatch.setattr(operator, "spread", lambda x, step, share: seen.append(x) or x)
     for scale in (1, -2):
         head.tokens.data *= scale
         head(seeded(2, 3, 5, ARCH.width))
