@@ -101,8 +101,8 @@ class LinearConv(Operator):
     adds each patch's neighbours. It starts at zero, equal to "linear". The prefix bypasses it.
 
     JetViT: its taps lie one patch apart on every grid. Here: (1 + s) / 2 patches, at least 1, where
-    the grid's shorter side is s times that on which it learned, because so do softmax's neighbours
-    (measured in results/README.md). Between two whole distances it is a mix of both."""
+    the grid's shorter side is s times that on which it learned: softmax's neighbours move apart so,
+    too (measured in results/README.md). Between two whole distances it is a mix of both."""
 
     def __init__(self, arch):
         super().__init__(arch, bias_shift=-4.0)
