@@ -5,7 +5,7 @@
     ADALA_KERNEL=plain python bench.py model        # linear without its GPU kernel
 
 Weights and images are random. Students are as if aligned at the fewest pixels. Modes: eager;
-compiled, block by block; graph, compiled-graph, as one CUDA graph. Ratios are to fused softmax.
+compiled, block by block; graph and compiled-graph, as one CUDA graph. Ratios are to fused softmax.
 
 Writes bench-DEVICE-PART-DTYPE.csv to --out after every point, and replaces nothing: the next run
 writes ...-1.csv. results/bench_picture.py draws it. Calls take turns, each timed after an untimed

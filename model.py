@@ -39,7 +39,7 @@ except ImportError:                                     # Triton comes with torc
     linear_triton = None
 
 
-# ---- Attention: q, k, v, each (B, H, N, D) -> (B, H, N, D), same dtype. Definition, fast form.
+# ---- Attention: q, k, v, each (B, H, N, D) -> one such. A definition precedes its fast form.
 
 def softmax_reference(q, k, v):
     """out_i = sum_j softmax_j(q_i . k_j / sqrt(D)) v_j, written out: O(N^2) time and memory."""
@@ -67,7 +67,7 @@ def linear_plain(q, k, v, phi=elu_plus_one):
     with torch.autocast(v.device.type, enabled=False):  # these dtypes are chosen, not inherited
         wide = torch.promote_types(v.dtype, torch.float32)
         work = wide if v.dtype == torch.float16 else v.dtype
-        q, k = phi(q.to(work).contiguous()), phi(k.to(work).contiguous())
+        q, k = phi(q.to(work).contiguous()), phi(k.to(work).contiguous())   # strided: slower
         kv = k.mT @ v.to(work)                          # (B,H,D,N) @ (B,H,N,D) -> (B,H,D,D)
         k_sum = k.sum(-2, keepdim=True, dtype=wide)     # (B,H,N,D) -> (B,H,1,D)
         total = q.to(wide) @ k_sum.mT                   # (B,H,N,D) @ (B,H,D,1) -> (B,H,N,1)
@@ -75,7 +75,7 @@ def linear_plain(q, k, v, phi=elu_plus_one):
 
 
 def linear_attention(q, k, v, phi=elu_plus_one):
-    """The same. On a GPU, Triton's kernel does it for this phi, but not if ADALA_KERNEL=plain."""
+    """The same. On a GPU with Triton a kernel does it for this phi, unless ADALA_KERNEL=plain."""
     if linear_triton and phi is elu_plus_one and linear_triton.usable(q, linear_plain, k, v):
         return linear_triton.linear_attention(q, k, v)
     return linear_plain(q, k, v, phi)
@@ -101,8 +101,8 @@ class LinearConv(Operator):
     adds each patch's neighbours. It starts at zero, equal to "linear". The prefix bypasses it.
 
     JetViT: its taps lie one patch apart on every grid. Here: (1 + s) / 2 patches, at least 1, where
-    the grid's shorter side is s times that on which it learned: softmax's neighbours move apart so,
-    too (measured in results/README.md). Between two whole distances it is a mix of both."""
+    the grid's shorter side is s times that on which it learned, as softmax's neighbours do
+    (measured in results/README.md). Between two whole distances it is a mix of both."""
 
     def __init__(self, arch):
         super().__init__(arch, bias_shift=-4.0)
@@ -323,7 +323,7 @@ class ViT(nn.Module):
             return cls, table
         table = table[0].unflatten(0, arch.grid)        # (rows, columns, C)
         table = table.to(torch.promote_types(dtype, torch.float32))     # never in half precision
-        for old, new in zip(arch.grid, grid):
+        for old, new in zip(arch.grid, grid):           # both at once take a GPU milliseconds
             rule = dict(size=(new, table[0].numel()), antialias=True)       # timm's
             if arch.position == "dinov2":               # the official one: an offset of 0.1
                 rule = dict(scale_factor=((new + 0.1) / old, 1.0))
@@ -489,7 +489,7 @@ def load_vit(spec):
 
     spec: a name in KNOWN (without its tag, the first), downloaded once; a file that save_vit wrote;
     or NAME=FILE for anybody else's, since tensors do not tell activation, eps, mean and positions.
-    InputError: not readable, or a tensor missing, more, mis-shaped, integer or not finite."""
+    InputError: not readable, or a tensor missing, extra, mis-shaped, integer or not finite."""
     path, name = weights_file(spec)
     tensors, header = read_weights(path)
     if not header and name is None:
