@@ -28,7 +28,7 @@ from support.runs import widen, write_whole
 
 
 DEFAULTS = dict(steps=2000, batch_size=32)
-DEMO = dict(teacher="demo/teacher.safetensors", size=[64], steps=100, batch_size=64)    # no --data
+DEMO = dict(teacher="demo/teacher.safetensors", size=64, steps=100, batch_size=64)    # no --data
 GROUPS = "qkv", "operator", "proj"      # what --train takes: modules of Attention
 OPERATOR_LR = 5                 # what is new, not pretrained, learns this much faster
 PREFIX_WEIGHT = 0.1             # in the loss, of CLS and registers together; the patches' is 1
@@ -47,7 +47,7 @@ def parse(argv):
          "the output projection (default: all three)")
     flag("--lr", type=float, default=3e-3, help="peak learning rate, "
          f"{OPERATOR_LR} times that for the operator's own parameters (default: 3e-3)")
-    args = parse_args(parser, argv, "runs/attention", DEFAULTS, DEMO, sizes=True)
+    args = parse_args(parser, argv, "runs/attention", DEFAULTS, DEMO)
     if args.teacher is None:
         raise InputError("--teacher is missing: with --data, name the softmax ViT to imitate")
     return args
@@ -173,9 +173,8 @@ def main(argv=None):
     scaler = torch.amp.GradScaler(device, 2.0 ** 12, enabled=dtype == torch.float16)
 
     teacher, student, digest = load_pair(args.teacher, args.student, args.attention, args.size)
-    args.size = args.size or [teacher.arch.pixels[0]]
-    for size in args.size:
-        teacher.grid_of(size, size)                     # a multiple of the patch, or an InputError
+    args.size = teacher.arch.pixels[0] if args.size is None else args.size
+    teacher.grid_of(args.size, args.size)               # a multiple of the patch, or an InputError
     by_block = trained_parameters(student, args.train)
     parameters = sum(by_block, [])
     source, held_out = unlabelled(args.data) if args.data else (Shapes("train"), Shapes("val"))

@@ -30,7 +30,7 @@ from support.runs import open_out, parse_args, run, show, warmup_cosine, widen, 
 
 DEFAULTS = dict(steps=5000, batch_size=32, lr=5e-5)
 DEMO = dict(teacher="demo/teacher.safetensors", student="runs/attention/student.safetensors",
-            size=[64], steps=150, batch_size=64, lr=5e-4)       # without --data
+            size=64, steps=150, batch_size=64, lr=5e-4)       # without --data
 RIDGES = [0.03 * 3 ** k for k in range(7)]      # of whitening, in mean eigenvalues
 
 
@@ -47,7 +47,7 @@ def parse(argv):
     flag("--lr", type=float, help="peak learning rate; the better stage 1 was, the lower (default: "
          f"{DEFAULTS['lr']}, demo: {DEMO['lr']})")
     flag("--recompute", action="store_true", help="blocks again in the backward pass: less memory")
-    args = parse_args(parser, argv, "runs/features", DEFAULTS, DEMO, sizes=True)
+    args = parse_args(parser, argv, "runs/features", DEFAULTS, DEMO)
     if args.teacher is None:
         raise InputError("--teacher is missing: with --data, name the softmax ViT to imitate")
     return args
@@ -75,7 +75,7 @@ def moments(sums):
 
 
 @torch.no_grad()
-def whitening(teacher, draws, size, most, device, dtype):
+def whitening(teacher, draws, most, device, dtype):
     """Look at the teacher's final tokens on the first `most` draws. -> dict(whiten (C, C), the
     -1/2th power of their covariance plus a ridge; constant (N, C), the mean of each prefix token,
     and for every patch the mean patch; ridge, in mean eigenvalues).
@@ -86,7 +86,7 @@ def whitening(teacher, draws, size, most, device, dtype):
     that this mean square is 1 over all photos: a loss of 1 is no better than a constant.
     """
     sums, means = torch.zeros(4, *[teacher.arch.width + 1] * 2, device=device).double(), []
-    order = [(i, size) for i in range(min(most, len(draws)))]
+    order = range(min(most, len(draws)))
     for photos in bar(DataLoader(draws, 8, sampler=order), "whitening"):
         with autocast(device, dtype):
             tokens = widen(teacher(teacher.normalize(photos.to(device)))).double()      # (B,N,C)
@@ -186,9 +186,8 @@ def main(argv=None):
     scaler = torch.amp.GradScaler(device, 2.0 ** 12, enabled=dtype == torch.float16)
 
     teacher, student, digest = load_pair(args.teacher, args.student, args.attention, args.size)
-    args.size = args.size or [teacher.arch.pixels[0]]
-    for size in args.size:
-        teacher.grid_of(size, size)                     # a multiple of the patch, or an InputError
+    args.size = teacher.arch.pixels[0] if args.size is None else args.size
+    teacher.grid_of(args.size, args.size)               # a multiple of the patch, or an InputError
     source, held_out = unlabelled(args.data) if args.data else (Shapes("train"), Shapes("val"))
     read = [weights_file(spec)[0] for spec in (args.teacher, args.student) if spec]
     out = saved = None                                  # without steps it only measures
@@ -208,8 +207,7 @@ def main(argv=None):
     train, held_out = loaders(args, source, held_out, saved["step"] if saved else 0)
     few = [next(iter(held_out))]            # one held-out batch, for the log
     most = min(1024, args.steps * args.batch_size or 1024)
-    kept = saved["kept"] if saved else whitening(teacher, train.dataset, args.size[0], most, device,
-                                                 dtype)
+    kept = saved["kept"] if saved else whitening(teacher, train.dataset, most, device, dtype)
     whiten, constant = kept["whiten"].to(device), kept["constant"].to(device)
     measure = partial(compare, teacher, whiten=whiten, constant=constant, device=device,
                       dtype=dtype)

@@ -36,8 +36,8 @@ from model import ATTENTION, Block, ViT, linearize, load_vit, read_weights, save
 from support.labels import IGNORE, PALETTE, by_shape, draw_segments, load_data, read_item, views_of
 from support.photos import Draws, find_images, names, permutation, read_image
 from support.runs import RANK, WORLD, InputError, Progress, autocast, average_gradients
-from support.runs import bar, device_and_dtype, graphed, leave_signals, mean_over_processes
-from support.runs import open_out, parse_args, run, show, warmup_cosine, widen, write_whole
+from support.runs import bar, device_and_dtype, leave_signals, mean_over_processes, open_out
+from support.runs import parse_args, run, show, warmup_cosine, widen, write_whole
 
 
 DEFAULTS = dict(steps=2000, batch_size=32)
@@ -449,17 +449,12 @@ def predict(args, device, dtype):
     if len({name for _, name in photos.values()}) < len(photos) and task == "segment":
         raise InputError("two photos of --predict have one name: give their folders one at a time")
     out = open_out(args, [spec, *args.predict])[0] if task == "segment" else None
-    whole, shape, replay = views_of(task, size, vit.arch.patch)[1], None, None
-    forward, failed = partial(logits_of, vit, head, task=task, dtype=dtype), []
+    whole, failed = views_of(task, size, vit.arch.patch)[1], []
     for path, name in photos.values():
         try:
             photo = read_image(path, None if task == "segment" else size)
             images = whole((photo, 0))[0][None] if task == "segment" else whole(photo)[None]
-            if device == "cuda" and images.shape == shape:      # the second of a shape: one launch
-                replay = replay or graphed(forward, images.to(device))
-            else:
-                shape, replay = images.shape, None
-            logits = (replay or forward)(images.to(device))
+            logits = logits_of(vit, head, images.to(device), task, dtype)
             if task == "classify":
                 share, best = logits[0].softmax(0).max(0)
                 print(f"{path}\t{classes[best]}\t{share:.3f}")

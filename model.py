@@ -540,9 +540,9 @@ def linearize(model, attention="linear", size=None):
     return student.train(model.training)
 
 
-def load_pair(teacher, student=None, attention=None, sizes=None):
+def load_pair(teacher, student=None, attention=None, size=None):
     """Stages 1 and 2: -> (softmax teacher, student to train, sha256 of the teacher's tensors).
-    student: a file that this teacher aligned; None: by linearize(). sizes: --size, or None."""
+    student: a file that this teacher aligned; None: by linearize(), which has size."""
     theirs = load_vit(teacher)
     if theirs.attention != "softmax":
         raise InputError(f"{teacher} cannot teach: expected softmax, found {theirs.attention}")
@@ -551,7 +551,7 @@ def load_pair(teacher, student=None, attention=None, sizes=None):
         content.update(name.encode() + tensor.numpy().tobytes())
     digest = content.hexdigest()
     if student is None:
-        return theirs, linearize(theirs, attention or "linear", sizes and sizes[0]), digest
+        return theirs, linearize(theirs, attention or "linear", size), digest
     ours = load_vit(student)
     if attention not in (None, ours.attention):
         raise InputError(f"--attention {attention}: {student} has {ours.attention} attention")

@@ -1,7 +1,7 @@
 """How well students agree with their teacher at each size, as a table and a curve.
 
     python results/sizes.py --teacher NAME=FILE --data photos/ --size 224 448 --out FILE.csv \\
-        alone=STUDENT several=STUDENT
+        one=STUDENT two=STUDENT
 
 Held-out photos, cosines of CLS and patches, and the whitened error: 1 is the teacher's mean token.
 All sizes share one whitening, that of the training photos at the first size. The CSV grows by a row
@@ -14,35 +14,15 @@ from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from align_features import whitening                                    # noqa: E402
+from align_features import compare, whitening                           # noqa: E402
 from model import load_pair, load_vit                                   # noqa: E402
 from support.photos import Draws, read_image, unlabelled, views         # noqa: E402
-from support.runs import InputError, autocast, device_and_dtype, run, widen     # noqa: E402
+from support.runs import InputError, device_and_dtype, run              # noqa: E402
 
 MEASURES = "cls_cosine", "patch_cosine", "whitened_error"
-
-
-@torch.no_grad()
-def agreement(teacher, students, batches, whiten, constant, device, dtype):
-    """-> for each student its MEASURES over all batches. constant (prefix + 1, C)."""
-    prefix, sums = teacher.arch.prefix, torch.zeros(len(students), 4).double()
-    for images in batches:
-        images = teacher.normalize(images.to(device))
-        with autocast(device, dtype):
-            want, *found = (widen(vit(images)) for vit in (teacher, *students))
-        still = torch.cat([constant[:-1], constant[-1:].expand(want.shape[1] - prefix, -1)])
-        energy = ((still - want) @ whiten).square().sum()
-        for have, total in zip(found, sums):
-            alike = F.cosine_similarity(have, want, dim=-1)             # (B, N)
-            error = ((have - want) @ whiten).square().sum()
-            cls = alike[:, 0].sum() if teacher.arch.cls else alike.new_tensor(math.nan)
-            total += torch.stack([cls, alike[:, prefix:].mean(1).sum(), error, energy]).cpu()
-    cosines = sums[:, :2] / len(batches.dataset)
-    return torch.cat([cosines, (sums[:, 2:3] / sums[:, 3:]).sqrt()], dim=1).tolist()
 
 
 def draw(rows, target):
@@ -85,20 +65,20 @@ def main(argv=None):
     for size in args.size:
         teacher.grid_of(size, size)                     # a multiple of the patch, or an InputError
     train, held_out = unlabelled(args.data)
-    draws = Draws(train, read_image, {args.size[0]: views(args.size[0])[0]}, seed=0, skip=True)
-    kept = whitening(teacher, draws, args.size[0], 1024, device, dtype)
-    whiten, constant = kept["whiten"], kept["constant"][:teacher.arch.prefix + 1]
+    draws = Draws(train, read_image, views(args.size[0])[0], seed=0, skip=True)
+    kept = whitening(teacher, draws, 1024, device, dtype)
+    tokens, patch = kept["constant"].tensor_split([teacher.arch.prefix])
     step, rows = math.ceil(len(held_out) / args.photos), []
     with open(args.out, "w", newline="") as file:
         table = csv.DictWriter(file, ["student", "size", *MEASURES], lineterminator="\n")
         table.writeheader()
         for size in args.size:
             whole = Draws(held_out, read_image, views(size)[1], skip=True)
-            batches = DataLoader(torch.utils.data.Subset(whole, range(0, len(whole), step)),
-                                 args.batch_size)
-            found = agreement(teacher, students, batches, whiten, constant, device, dtype)
-            for name, values in zip(names, found):
-                rows.append({"student": name, "size": size} | dict(zip(MEASURES, values)))
+            batches = DataLoader(Subset(whole, range(0, len(whole), step)), args.batch_size)
+            constant = torch.cat([tokens, patch[:1].expand((size // teacher.arch.patch) ** 2, -1)])
+            for name, student in zip(names, students):
+                found = compare(teacher, student, batches, kept["whiten"], constant, device, dtype)
+                rows.append({"student": name, "size": size} | {key: found[key] for key in MEASURES})
                 table.writerow({key: f"{x:.4f}" if isinstance(x, float) else x
                                 for key, x in rows[-1].items()})
                 print(*(f"{x:.4f}" if isinstance(x, float) else x for x in rows[-1].values()))

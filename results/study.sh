@@ -3,8 +3,8 @@
 #   WEIGHTS=vit_small_patch14_dinov2=vits14.safetensors PHOTOS="imagenette160 voc2012" \
 #     PROBE=imagenette160 VOC=voc2012 bash results/study.sh linear_conv 0       # ROW SEED
 # ROW is "teacher", or an operator and what its ViT went through: linear (stages 1 + 2),
-# linear-sizes (the same, stage 2 at SIZE, 1.5 SIZE and 2 SIZE pixels), linear-one (stage 1),
-# linear-two (stage 2 alone), linear-none (the swap alone), linear-scratch (random weights).
+# linear-one (stage 1), linear-two (stage 2 alone), linear-none (the swap alone), linear-scratch
+# (random weights).
 # PHOTOS: folders to align on. PROBE: train/CLASS/, val/CLASS/. VOC: train/images, train/masks, ...
 # SIZE pixels. STEPS of BATCH photos in each stage, TUNED steps of BATCH for a tuned backbone.
 # PARTS: classify and segment (frozen), larger (that head to segment at 2 SIZE and 3 SIZE),
@@ -24,9 +24,7 @@ once() {                                        # once NAME SCRIPT FLAG...: not 
     fi
 }
 align() {                                       # align NAME SCRIPT FLAG...
-    local sizes=$SIZE
-    if [ $kind = sizes ] && [ $1 = two ]; then sizes="$SIZE $((SIZE * 3 / 2)) $((SIZE * 2))"; fi
-    once $1 $2 --teacher $WEIGHTS --data $PHOTOS --size $sizes --steps $STEPS --batch-size $BATCH \
+    once $1 $2 --teacher $WEIGHTS --data $PHOTOS --size $SIZE --steps $STEPS --batch-size $BATCH \
         "${@:3}"
     weights=$out/$1/student.safetensors
 }

@@ -1,7 +1,6 @@
 """Photos without labels: one reader, one listing, one order of draws, the same in every stage."""
 import math
 import os
-import random
 import sys
 import zlib
 from collections import Counter
@@ -135,8 +134,8 @@ def permutation(n, seed, epoch):
 
 class Draws(Dataset):
     """Draw i of a run, transform(read(item)), is a function of (seed, i), whatever the workers.
-    Every epoch is a permutation; seed None: in order. Draw (i, size) uses transform[size]. skip: a
-    photo that cannot be read is named on stderr once, and the next photo takes its place."""
+    Every epoch is a permutation; seed None: in order. skip: a photo that cannot be read is named on
+    stderr once, and the next photo takes its place."""
 
     def __init__(self, source, read, transform, seed=None, skip=False):
         self.source, self.read, self.transform = source, read, transform
@@ -146,9 +145,8 @@ class Draws(Dataset):
     def __len__(self):
         return len(self.source)
 
-    def __getitem__(self, draw):
-        i, size = draw if isinstance(draw, tuple) else (draw, None)
-        transform, n = self.transform[size] if size else self.transform, len(self)
+    def __getitem__(self, i):
+        n = len(self)
         order = range(n) if self.seed is None else permutation(n, self.seed, i // n)
         for place in range(i, i + n):
             photo = int(order[place % n])
@@ -165,34 +163,21 @@ class Draws(Dataset):
             raise InputError(f"none of {n} photos can be read")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(zlib.crc32(repr((self.seed, i)).encode()))
-            return transform(item)
-
-
-def batches(args, first):
-    """Yield this process's draws of each step after `first`, [(i, size), ...]. A size follows from
-    (seed, step). Each step has about as many tokens as --batch-size photos of size[0]."""
-    start = 0
-    for step in range(args.steps):
-        size = random.Random(f"size {args.seed} {step}").choice(args.size)
-        n = WORLD * max(1, round(args.batch_size * (args.size[0] / size) ** 2 / WORLD))
-        if step >= first:
-            yield [(i, size) for i in range(start + RANK, start + n, WORLD)]
-        start += n
+            return self.transform(item)
 
 
 def loaders(args, source, held_out, first):
-    """-> (batches uint8 (B, 3, size, size) of the steps after `first`; held-out batches of size[0],
-    in order, of at most 256 photos: more change no table's second digit). Drawn images are seen
-    whole, photos in random crops."""
-    read = partial(read_image, short=max(args.size))
-    crops = {size: views(size)[0 if args.data else 1] for size in args.size}
-    train = Draws(source, read, crops, args.seed, skip=True)
-    test = Draws(held_out, read, views(args.size[0])[1], skip=True)
+    """-> (batches uint8 (B, 3, size, size) of the steps after `first`; held-out batches, in order,
+    of at most 256 photos: more change no table's second digit). Drawn images are seen whole, photos
+    in random crops."""
+    read, (crop, whole) = partial(read_image, short=args.size), views(args.size)
+    train = Draws(source, read, crop if args.data else whole, args.seed, skip=True)
+    test = Draws(held_out, read, whole, skip=True)
+    order = range(first * args.batch_size + RANK, args.steps * args.batch_size, WORLD)
     few = range(0, len(test), math.ceil(len(test) / 256))
-    loader = partial(DataLoader, num_workers=args.workers, pin_memory=torch.cuda.is_available(),
-                     worker_init_fn=leave_signals)
-    return (loader(train, batch_sampler=batches(args, first)),
-            loader(test, args.batch_size // WORLD, sampler=few))
+    loader = partial(DataLoader, batch_size=args.batch_size // WORLD, num_workers=args.workers,
+                     pin_memory=torch.cuda.is_available(), worker_init_fn=leave_signals)
+    return loader(train, sampler=order), loader(test, sampler=few)
 
 
 def save_picture(rows, captions, path):

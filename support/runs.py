@@ -146,14 +146,13 @@ def open_out(args, inputs, *lists):
 
 
 # ---- Flags, device, processes
-def parse_args(parser, argv, out, defaults, demo, sizes=False):
+def parse_args(parser, argv, out, defaults, demo):
     """Add the flags that say nothing of the method, and parse. Without --data what is not given is
-    `demo`'s, else `defaults`'. sizes: --size takes several."""
+    `demo`'s, else `defaults`'."""
     flag, cuda = parser.add_argument, torch.cuda.is_available()
     parser.register("type", None, lambda text: "=".join(    # ~, also in --out=~/x and NAME=~/x
         map(os.path.expanduser, text.split("="))))
-    flag("--size", type=int, nargs="+" if sizes else None,
-         help="pixels, a multiple of the patch (default: the weights')")
+    flag("--size", type=int, help="pixels, a multiple of the patch (default: the weights')")
     for key in ("steps", "batch_size"):
         flag(f"--{key.replace('_', '-')}", type=int,
              help=f"(default: {defaults[key]}, demo: {demo[key]})")

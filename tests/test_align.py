@@ -98,7 +98,7 @@ def test_blocks_see_the_teachers_stream_and_backward_by_block_is_that_of_the_sum
     teacher, student = load_vit(files / "teacher.safetensors").requires_grad_(False), load_vit(file)
     by_block = align_attention.trained_parameters(student, ["qkv", "operator", "proj"])
     draws = parts_of(tmp_path)[0]
-    total = losses(teacher, student, torch.stack([draws[i, SIZE] for i in range(4)])).sum()
+    total = losses(teacher, student, torch.stack([draws[i] for i in range(4)])).sum()
     assert [len(part) for part in graded] == [len(part) for part in by_block]   # clipped by block
     for have, true in zip(sum(graded, []), torch.autograd.grad(total, sum(by_block, []))):
         torch.testing.assert_close(have, true, rtol=1e-5, atol=1e-7)
@@ -156,9 +156,9 @@ def test_an_operators_own_parameters_learn_faster(files, tmp_path):
     assert (fast / slow).item() == pytest.approx(align_attention.OPERATOR_LR, rel=0.01)
 
 
-def test_a_new_operator_learns_at_the_first_size_and_keeps_it(files, tmp_path):
+def test_a_new_operator_learns_at_the_size_of_its_run_and_keeps_it(files, tmp_path):
     one, two, three = (tmp_path / name for name in ("one", "two", "three"))
-    brief(align_attention, files, one, "--attention", "linear_conv", "--size", 16, 24)
+    brief(align_attention, files, one, "--attention", "linear_conv", "--size", 16)
     brief(align_features, files, two, "--student", one / "student.safetensors")
     brief(align_features, files, three, "--attention", "linear_conv", "--size", 24)
     assert [student_of(out).arch.aligned for out in (one, two, three)] == [2, 2, 3]
@@ -248,13 +248,9 @@ def test_stage_2_trains_every_weight_by_its_loss(files, chain, tmp_path, monkeyp
     assert not moved(start, student_of(tmp_path).state_dict())
 
 
-def draws_of(images):
-    return {(i, SIZE): image for i, image in enumerate(images)}
-
-
 def test_whitening_is_the_root_of_the_inverse_covariance_and_ridge_with_mean_square_1():
     teacher, images = random_vit(), random_images(40)
-    found = whitening(teacher, draws_of(images), SIZE, 30, *CPU)        # of the first 30
+    found = whitening(teacher, images, 30, *CPU)    # of the first 30
     tokens, one = tokens_of(teacher, images[:30]).double(), torch.eye(ARCH.width).double()
     cov, whiten = tokens.flatten(0, 1).T.cov(correction=0), found["whiten"].double()
     both = whiten @ (cov + found["ridge"] * cov.diagonal().mean() * one) @ whiten
@@ -269,7 +265,7 @@ def test_whitening_is_the_root_of_the_inverse_covariance_and_ridge_with_mean_squ
 def test_the_ridge_is_the_least_that_holds_on_unseen_photos(n):
     """Whitened by three quarters of the photos, the fourth has their energy within 5 %."""
     teacher, images, energies = random_vit(), random_images(n), torch.zeros(len(RIDGES), 2)
-    found = whitening(teacher, draws_of(images), SIZE, n, *CPU)["ridge"]
+    found = whitening(teacher, images, n, *CPU)["ridge"]
     tokens = tokens_of(teacher, images).double()
     for i in range(4):
         apart = torch.arange(n) % 4 == i
@@ -306,7 +302,7 @@ def test_compare_by_hand():
 
 def test_the_constant_is_the_mean_cls_and_the_mean_patch_of_training_photos(files, chain):
     teacher, (draws, held_out) = load_vit(files / "teacher.safetensors"), parts_of(chain / "two")
-    train = tokens_of(teacher, torch.stack([draws[i, SIZE] for i in range(len(draws))]))
+    train = tokens_of(teacher, torch.stack([draws[i] for i in range(len(draws))]))
     want = tokens_of(teacher, torch.cat(list(held_out)))
     constant = want.clone()
     constant[:, :2], constant[:, 2:] = train[:, :2].mean(0), train[:, 2:].mean((0, 1))
@@ -368,16 +364,6 @@ def test_the_loss_goes_down(files, tmp_path, stage):
     found, rates = rows_of(tmp_path, "loss"), rows_of(tmp_path, "lr")
     assert "on 6 images" in said and sum(found[-5:]) < 0.8 * sum(found[:5])
     assert rates[0] < max(rates) <= 5e-3 and rates[-1] < 0.1 * max(rates)
-
-
-@FIRST
-def test_sizes_are_mixed(files, chain, tmp_path, monkeypatch, stage):
-    seen, normalize = set(), model.ViT.normalize
-    monkeypatch.setattr(model.ViT, "normalize", lambda vit, images: (
-        seen.add((images.shape[3], len(images))), normalize(vit, images))[1])
-    flags = "--student", chain / "one/student.safetensors", "--size", 16, 32, "--steps", 6
-    brief(stage, files, tmp_path, *flags)
-    assert {(16, 4), (32, 1)} <= seen and report_of(tmp_path)["training"]["size"] == [16, 32]
 
 
 def trained(stage, files, out, *flags):

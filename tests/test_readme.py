@@ -97,22 +97,6 @@ def test_tables_are_those_of_the_results():
             assert len(text.splitlines()) > 2 and text in PAGES[page], f"{page}: {make.__name__}"
 
 
-def test_agreement_over_sizes_is_what_stage_2_measures():
-    agreement = runpy.run_path(ROOT / "results/sizes.py")["agreement"]
-    teacher = model.load_vit(ROOT / "demo/teacher.safetensors")
-    student, images = model.linearize(teacher, "linear"), list(torch.arange(4 * 3 * 64 * 64).view(
-        4, 3, 64, 64).remainder(251).byte())
-    whiten, constant = torch.randn(96, 96), torch.randn(2, 96)
-    batches = torch.utils.data.DataLoader(images, 2)
-    same, found = agreement(teacher, [teacher, student], batches, whiten, constant, "cpu",
-                            torch.float32)
-    assert same == pytest.approx([1, 1, 0], abs=1e-5)
-    every = torch.cat([constant[:1], constant[1:].expand(64, -1)])
-    want = align_features.compare(teacher, student, batches, whiten, every, "cpu", torch.float32)
-    del want["relative_error"]
-    assert found == pytest.approx(list(want.values()), rel=1e-5)
-
-
 def test_links_and_pictures_exist():
     for name, text in PAGES.items():
         prose = re.sub(r"```.*?```", "", text, flags=re.S)
