@@ -26,8 +26,9 @@ def collect(folder, target):
             report = json.loads(file.read_text())
             found.append((*same, f"{file.parent.name} seconds", f"{report['seconds']:.0f}"))
             if report["stage"] != "attention":          # stage 2's, of final tokens
-                found += [(*same, f"{file.parent.name} {measure}", f"{value:.4f}")
-                          for measure, value in report["after"].items() if value is not None]
+                found += [(*same, f"{file.parent.name} {measure}{when}", f"{value:.4f}")
+                          for when, part in ((", before", "before"), ("", "after"))
+                          for measure, value in report[part].items() if value is not None]
     with open(target, "w", newline="") as out:
         writer = csv.writer(out, lineterminator="\n")
         writer.writerows([("row", "seed", "measure", "value"), *found])
@@ -168,9 +169,11 @@ def agreement():
 def tuned():
     """Frozen and tuned backbones at 112 pixels."""
     return scores("study-cpu-112.csv", {
-        "teacher": "teacher", "linear_conv-none": "no alignment", "linear": "linear, stages 1 + 2",
-        "linear_conv-one": "linear_conv, stage 1", "linear_conv-two": "linear_conv, stage 2 alone",
-        "linear_conv": "linear_conv, stages 1 + 2", "linear_conv-scratch": "random weights"}, {
+        "teacher": "teacher", "linear_conv-none": "no alignment",
+        "linear-160": "linear, 160 + 160", "linear-one": "linear, 640 + 0",
+        "linear": "linear, 640 + 320", "linear_conv-one-160": "linear_conv, 160 + 0",
+        "linear_conv-one": "linear_conv, 640 + 0", "linear_conv-160": "linear_conv, 160 + 160",
+        "linear_conv": "linear_conv, 640 + 640", "linear_conv-scratch": "random weights"}, {
         "classify 0": "top-1, frozen", "tune-classify 0": "top-1, tuned",
         "segment 0": "mIoU, frozen", "tune-segment 0": "mIoU, tuned"})
 
@@ -179,20 +182,25 @@ def efficiency_short():
     return efficiency("bfloat16")
 
 
-def recipe(name="recipe-cpu.csv"):
-    """Short and long chains at 112 pixels, old recipe and new, see results/README.md."""
+def whole(name):
+    """A CSV as it is."""
     lines = read(name)
     return table(list(lines[0]), [list(line.values()) for line in lines])
 
 
 def fig5():
     """Stage 1's loss by what it trains."""
-    return recipe("fig5-cpu.csv")
+    return whole("fig5-cpu.csv")
+
+
+def choices():
+    """What was tried for tuning."""
+    return whole("tuning-cpu.csv")
 
 
 PAGES = {"README.md": [demo, retention_short, tuned, efficiency_short],
-         "results/README.md": [retention, spread, sizes, agreement, tuned, fig5, efficiency,
-                               recipe]}
+         "results/README.md": [retention, spread, sizes, agreement, tuned, choices, fig5,
+                               efficiency]}
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["collect"]:
