@@ -542,7 +542,7 @@ def linearize(model, attention="linear", size=None):
 
 def load_pair(teacher, student=None, attention=None, size=None):
     """Stages 1 and 2: -> (softmax teacher, student to train, sha256 of the teacher's tensors).
-    student: a file that this teacher aligned; None: by linearize(), which has size."""
+    student: a file that this teacher aligned; None: linearize() of it, at this size."""
     theirs = load_vit(teacher)
     if theirs.attention != "softmax":
         raise InputError(f"{teacher} cannot teach: expected softmax, found {theirs.attention}")

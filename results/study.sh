@@ -6,13 +6,14 @@
 # linear-one (stage 1), linear-two (stage 2 alone), linear-none (the swap alone), linear-scratch
 # (random weights).
 # PHOTOS: folders to align on. PROBE: train/CLASS/, val/CLASS/. VOC: train/images, train/masks, ...
-# SIZE pixels. STEPS of BATCH photos in each stage, TUNED steps of BATCH for a tuned backbone.
+# SIZE pixels. STEPS of BATCH photos in stage 1 and, if TWO is not given, in stage 2; TUNED steps of
+# BATCH for a tuned backbone.
 # PARTS: classify and segment (frozen), larger (that head to segment at 2 SIZE and 3 SIZE),
 # tune-classify, tune-segment, tune-mask (the mask head). OUT: folder to write. FLAGS: more flags.
 # ALONE: rate of stage 2 alone. After all rows:
 #   python results/tables.py collect runs/study results/study.csv
 set -euo pipefail
-SIZE=${SIZE:-224} STEPS=${STEPS:-640} BATCH=${BATCH:-32} TUNED=${TUNED:-400}
+SIZE=${SIZE:-224} STEPS=${STEPS:-640} TWO=${TWO:-$STEPS} BATCH=${BATCH:-32} TUNED=${TUNED:-400}
 PARTS=${PARTS-classify segment larger tune-classify tune-segment}
 row=$1 seed=$2 operator=${1%%-*} kind=${1#*-} out=${OUT:-runs/study}/$1/seed$2
 same="--dtype bfloat16 --seed $seed --every 1000 ${FLAGS-}"
@@ -24,7 +25,9 @@ once() {                                        # once NAME SCRIPT FLAG...: not 
     fi
 }
 align() {                                       # align NAME SCRIPT FLAG...
-    once $1 $2 --teacher $WEIGHTS --data $PHOTOS --size $SIZE --steps $STEPS --batch-size $BATCH \
+    local steps=$STEPS
+    if [ $1 = two ]; then steps=$TWO; fi
+    once $1 $2 --teacher $WEIGHTS --data $PHOTOS --size $SIZE --steps $steps --batch-size $BATCH \
         "${@:3}"
     weights=$out/$1/student.safetensors
 }
@@ -41,8 +44,10 @@ case $kind in
     scratch) weights="$WEIGHTS:$operator --from-scratch" ;;
     one) align one align_attention.py --attention $operator ;;
     two) align two align_features.py --attention $operator --lr ${ALONE:-2e-4} ;;
-    *)  align one align_attention.py --attention $operator
+    $operator)
+        align one align_attention.py --attention $operator
         align two align_features.py --student $weights ;;
+    *) echo "unknown row $row"; exit 1 ;;
 esac
 for part in $PARTS; do
     if [[ $kind = scratch && $part != tune-* ]]; then continue; fi      # has no features to keep

@@ -44,17 +44,17 @@ def table(head, rows):
 
 
 def values(name):
-    """{(row, measure): values of all seeds}."""
+    """{(row, measure): {seed: value}}."""
     found = {}
     for line in read(name):
-        found.setdefault((line["row"], line["measure"]), []).append(float(line["value"]))
+        found.setdefault((line["row"], line["measure"]), {})[line["seed"]] = float(line["value"])
     return found
 
 
 def demo():
     found = values("demo.csv")
     names = "teacher (softmax)", "no alignment", "stage 1", "stages 1 + 2"
-    scores = [found["demo", f"classify {i}"] for i in range(len(names))]
+    scores = [found["demo", f"classify {i}"].values() for i in range(len(names))]
     return table(["row", f"top-1, mean (range) of {len(scores[0])} seeds"],
                  [[name, f"{mean(x):.1f} ({min(x):.1f} to {max(x):.1f})"]
                   for name, x in zip(names, scores)])
@@ -112,14 +112,15 @@ def efficiency(*dtypes):
 
 def scores(name, rows, columns):
     """Scores of a study on a CPU: the mean over seeds, and how many seeds there were, if several.
-    In brackets: minus the teacher's."""
+    In brackets: minus the teacher's, of the same seeds."""
     found = values(name)
 
     def cell(row, column):
         if not (seeds := found.get((row, column))):
             return "-"
-        text, best = f"{mean(seeds):.1f}", found.get(("teacher", column))
-        text += f" ({mean(seeds) - mean(best):+.1f})" if best and row != "teacher" else ""
+        text, best = f"{mean(seeds.values()):.1f}", found.get(("teacher", column), {})
+        if row != "teacher" and (both := seeds.keys() & best):
+            text += f" ({mean(seeds[seed] - best[seed] for seed in both) + 1e-9:+.1f})"
         return text + (f", {len(seeds)} seeds" if len(seeds) > 1 else "")
 
     there = {row for row, _ in found}
@@ -170,12 +171,20 @@ def tuned():
     """Frozen and tuned backbones at 112 pixels."""
     return scores("study-cpu-112.csv", {
         "teacher": "teacher", "linear_conv-none": "no alignment",
-        "linear-160": "linear, 160 + 160", "linear-one": "linear, 640 + 0",
-        "linear": "linear, 640 + 320", "linear_conv-one-160": "linear_conv, 160 + 0",
-        "linear_conv-one": "linear_conv, 640 + 0", "linear_conv-160": "linear_conv, 160 + 160",
-        "linear_conv": "linear_conv, 640 + 640", "linear_conv-scratch": "random weights"}, {
+        **{f"{name}-{one}-{two}": f"{name}, {one} + {two}" for name in ("linear", "linear_conv")
+           for one, two in ((160, 0), (640, 0), (160, 160), (640, 320), (640, 640))},
+        "linear_conv-scratch": "random weights"}, {
         "classify 0": "top-1, frozen", "tune-classify 0": "top-1, tuned",
-        "segment 0": "mIoU, frozen", "tune-segment 0": "mIoU, tuned"})
+        "segment 0": "mIoU, frozen", "tune-segment 0": "mIoU, tuned", "tune-mask 0":
+        "mIoU, mask head, tuned"})
+
+
+def larger():
+    """A frozen head of 112 pixels at larger sizes."""
+    return scores("study-cpu-112.csv", {"teacher": "teacher", "linear_conv-640-640":
+                                        "linear_conv, 640 + 640"}, {
+        "segment 0": "mIoU, 112 px", "segment-at-2-times 0": "224 px, head of 112",
+        "segment-at-3-times 0": "336 px, head of 112"})
 
 
 def efficiency_short():
@@ -199,7 +208,7 @@ def choices():
 
 
 PAGES = {"README.md": [demo, retention_short, tuned, efficiency_short],
-         "results/README.md": [retention, spread, sizes, agreement, tuned, choices, fig5,
+         "results/README.md": [retention, spread, sizes, agreement, tuned, larger, choices, fig5,
                                efficiency]}
 
 if __name__ == "__main__":

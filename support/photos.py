@@ -173,7 +173,7 @@ def loaders(args, source, held_out, first):
     read, (crop, whole) = partial(read_image, short=args.size), views(args.size)
     train = Draws(source, read, crop if args.data else whole, args.seed, skip=True)
     test = Draws(held_out, read, whole, skip=True)
-    order = range(first * args.batch_size + RANK, args.steps * args.batch_size, WORLD)
+    order = range(first * args.batch_size + RANK, args.steps * args.batch_size, WORLD)  # our part
     few = range(0, len(test), math.ceil(len(test) / 256))
     loader = partial(DataLoader, batch_size=args.batch_size // WORLD, num_workers=args.workers,
                      pin_memory=torch.cuda.is_available(), worker_init_fn=leave_signals)

@@ -80,7 +80,7 @@ def test_a_changed_phi_is_not_lost(compiled, monkeypatch, capsys):
 
 
 def test_a_graph_equals_the_eager_forward_pass():
-    """For photos that the graph has not seen, at another size than the table's, as --predict."""
+    """For photos that the graph has not seen, at another size than the table's."""
     vit = randomise(linearize(ViT(ONE_HEAD), "linear_conv", 48)).cuda().eval()
     images = [(255 * torch.rand(2, 3, 96, 96)).byte().cuda() for _ in range(2)]
 

@@ -150,6 +150,15 @@ def test_a_draw_is_a_function_of_seed_and_number(run_of):
     assert not torch.equal(torch.cat(list(loaders(*run_of(seed=4), 0)[0])), whole)
 
 
+def test_processes_share_each_step(run_of, monkeypatch):
+    whole, halves = torch.cat(list(loaders(*run_of(), 0)[0])), []
+    monkeypatch.setattr(photos, "WORLD", 2)
+    for rank in (0, 1):
+        monkeypatch.setattr(photos, "RANK", rank)
+        halves.append(torch.stack(list(loaders(*run_of(), 1)[0])))          # (5, 2, 3, 16, 16)
+    assert torch.equal(torch.stack(halves, dim=2).flatten(0, 2), whole[4:])
+
+
 def test_each_epoch_is_a_permutation():
     draws = Draws(list(range(10)), int, v2.Identity(), seed=3)
     first, second = ([draws[i] for i in range(start, start + 10)] for start in (0, 10))

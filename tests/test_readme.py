@@ -1,5 +1,7 @@
 """README's commands parse, its examples run, its tables are those of results/, its links exist, and
 the layout of the repository is the one it describes."""
+import csv
+import json
 import re
 import runpy
 import shlex
@@ -16,6 +18,7 @@ import align_features
 import bench
 import finetune
 import model
+from conftest import brief
 from demo import shapes
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -95,6 +98,28 @@ def test_tables_are_those_of_the_results():
         for make in makers:
             text = make()
             assert len(text.splitlines()) > 2 and text in PAGES[page], f"{page}: {make.__name__}"
+
+
+def test_agreement_over_sizes_begins_with_what_stage_2_measured(files, chain, tmp_path):
+    main, out = runpy.run_path(ROOT / "results/sizes.py")["main"], tmp_path / "sizes.csv"
+    main(list(map(str, ["--teacher", files / "teacher.safetensors", "--data", files / "photos",
+                        "--size", 32, 48, "--dtype", "float32", "--out", out,
+                        f"two={chain / 'two/student.safetensors'}"])))
+    first, larger = csv.DictReader(out.open())
+    after = json.loads((chain / "two/report.json").read_text())["after"]
+    assert float(first["cls_cosine"]) == pytest.approx(after["cls_cosine"], abs=1e-4)
+    assert first["size"] == "32" and larger["size"] == "48" and first != larger
+
+
+def test_pairs_score_as_stage_3_and_a_pair_of_one_does_not_differ(files, tmp_path, capsys):
+    brief(finetune, files, tmp_path / "a", "--steps", 1)
+    file, data = str(tmp_path / "a/0-classify.safetensors"), str(files / "classify")
+    runpy.run_path(ROOT / "results/pairs.py")["main"]([
+        "--task", "classify", "--data", data, "--size", "32", "--dtype", "float32", "--one", file,
+        file, "--two", file])
+    score = json.loads((tmp_path / "a/metrics.json").read_text())[0]["score"]
+    assert (f"one {score:.2f}, two {score:.2f}, difference +0.00, standard error 0.00"
+            in capsys.readouterr().out)
 
 
 def test_links_and_pictures_exist():

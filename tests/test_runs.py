@@ -379,7 +379,7 @@ def test_a_line_is_due_every_30_seconds_and_a_state_after_120(tmp_path):
     assert "\r" not in said and state_of(tmp_path)["step"] == 4
 
 
-def test_images_are_counted_in_batches_of_several_sizes(tmp_path):
+def test_images_are_counted_in_batches_of_several_shapes(tmp_path):
     args = runs.argparse.Namespace(steps=2, save_every=120, lr=1)
     progress = Progress(args, tmp_path, None, {})
     batches = [torch.zeros(4, 3), [(torch.zeros(2, 3), None), (torch.zeros(3, 3), None)]]
