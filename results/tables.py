@@ -120,7 +120,8 @@ def scores(name, rows, columns):
             return "-"
         text, best = f"{mean(seeds.values()):.1f}", found.get(("teacher", column), {})
         if row != "teacher" and (both := seeds.keys() & best):
-            text += f" ({mean(seeds[seed] - best[seed] for seed in both) + 1e-9:+.1f})"
+            less = mean(seeds[seed] - best[seed] for seed in both)
+            text += f" ({round(less, 1) + 0:+.1f})"     # + 0: no -0.0
         return text + (f", {len(seeds)} seeds" if len(seeds) > 1 else "")
 
     there = {row for row, _ in found}
