@@ -136,7 +136,6 @@ def sizes():
     return scores("study-cpu-224.csv", {
         "teacher": "teacher", "linear_conv-fixed": "stage 2 at 224, taps 1 patch apart",
         "linear_conv": "stage 2 at 224", "linear_conv-long": "the same, 320 steps of stage 2",
-        "linear_conv-sizes-fixed": "stage 2 at 224, 336, 448, taps 1 patch apart",
         "linear_conv-sizes": "stage 2 at 224, 336, 448"}, {
         "classify 0": "top-1, 224 px", "segment 0": "mIoU, 224 px", "segment-at-2-times 0":
         "448 px, head of 224", "segment-at-3-times-quarter 0": "672 px, head of 224, 121 photos",
@@ -168,16 +167,20 @@ def agreement():
                  [[name, *cells] for name, cells in rows.items()])
 
 
-def tuned():
-    """Frozen and tuned backbones at 112 pixels."""
+def tuned(lengths=((160, 0), (640, 0), (160, 160), (640, 320), (640, 640))):
+    """Frozen and tuned backbones at 112 pixels, by the steps of stages 1 and 2."""
     return scores("study-cpu-112.csv", {
         "teacher": "teacher", "linear_conv-none": "no alignment",
         **{f"{name}-{one}-{two}": f"{name}, {one} + {two}" for name in ("linear", "linear_conv")
-           for one, two in ((160, 0), (640, 0), (160, 160), (640, 320), (640, 640))},
+           for one, two in lengths},
         "linear_conv-scratch": "random weights"}, {
         "classify 0": "top-1, frozen", "tune-classify 0": "top-1, tuned",
         "segment 0": "mIoU, frozen", "tune-segment 0": "mIoU, tuned", "tune-mask 0":
         "mIoU, mask head, tuned"})
+
+
+def tuned_short():
+    return tuned(((640, 0), (640, 320), (640, 640)))
 
 
 def larger():
@@ -192,24 +195,14 @@ def efficiency_short():
     return efficiency("bfloat16")
 
 
-def whole(name):
-    """A CSV as it is."""
-    lines = read(name)
+def fig5():
+    """Stage 1's loss by what it trains."""
+    lines = read("fig5-cpu.csv")
     return table(list(lines[0]), [list(line.values()) for line in lines])
 
 
-def fig5():
-    """Stage 1's loss by what it trains."""
-    return whole("fig5-cpu.csv")
-
-
-def choices():
-    """What was tried for tuning."""
-    return whole("tuning-cpu.csv")
-
-
-PAGES = {"README.md": [demo, retention_short, tuned, efficiency_short],
-         "results/README.md": [retention, spread, sizes, agreement, tuned, larger, choices, fig5,
+PAGES = {"README.md": [demo, retention_short, tuned_short, efficiency_short],
+         "results/README.md": [retention, spread, sizes, agreement, tuned, larger, fig5,
                                efficiency]}
 
 if __name__ == "__main__":
