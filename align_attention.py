@@ -26,7 +26,6 @@ from support.runs import InputError, Progress, autocast, average_gradients, bar,
 from support.runs import mean_over_processes, open_out, parse_args, run, show, warmup_cosine
 from support.runs import widen, write_whole
 
-
 DEFAULTS = dict(steps=2000, batch_size=32)
 DEMO = dict(teacher="demo/teacher.safetensors", size=64, steps=100, batch_size=64)    # no --data
 GROUPS = "qkv", "operator", "proj"      # what --train takes: modules of Attention

@@ -7,7 +7,6 @@ the student runs on its own, every weight is tuned, and only the final tokens ar
     python align_features.py --teacher vit_small_patch14_dinov2 --data photos/ --size 224 \\
         --student runs/attention/student.safetensors            # after stage 1 on your photos
     python align_features.py --teacher ... --data ... --attention linear    # without stage 1
-    python align_features.py ... --student FILE --steps 0       # measures FILE, writes nothing
 
 It reads teacher, student and photos. It writes to --out: student.safetensors, log.jsonl,
 report.json and features.png (photo, teacher's and student's patch features as colours).
@@ -26,7 +25,6 @@ from model import ATTENTION, load_pair, save_vit, weights_file
 from support.photos import loaders, names, save_picture, unlabelled
 from support.runs import InputError, Progress, autocast, average_gradients, bar, device_and_dtype
 from support.runs import open_out, parse_args, run, show, warmup_cosine, widen, write_whole
-
 
 DEFAULTS = dict(steps=5000, batch_size=32, lr=5e-5)
 DEMO = dict(teacher="demo/teacher.safetensors", student="runs/attention/student.safetensors",
@@ -190,9 +188,7 @@ def main(argv=None):
     teacher.grid_of(args.size, args.size)               # a multiple of the patch, or an InputError
     source, held_out = unlabelled(args.data) if args.data else (Shapes("train"), Shapes("val"))
     read = [weights_file(spec)[0] for spec in (args.teacher, args.student) if spec]
-    out = saved = None                                  # without steps it only measures
-    if args.steps:
-        out, saved = open_out(args, [*read, *(args.data or [])], names(source), names(held_out))
+    out, saved = open_out(args, [*read, *(args.data or [])], names(source), names(held_out))
     wide = torch.promote_types(dtype, torch.float32)    # of weights; autocast's is dtype
     teacher, student = teacher.to(device, wide).requires_grad_(False), student.to(device, wide)
     parameters, student.recompute = [*student.parameters()], args.recompute
@@ -214,8 +210,6 @@ def main(argv=None):
     if not saved:
         kept["before"] = measure(student, held_out)
         kept["of_constant"] = measure(lambda images: constant.expand(len(images), -1, -1), held_out)
-    if not args.steps:
-        return report(kept["before"], kept["before"], kept["of_constant"])
     loss_of = partial(LOSS[args.loss], whiten=whiten)
     student.train()
     progress = Progress(args, out, saved, kept, student=student, optimizer=optimizer,

@@ -4,8 +4,8 @@
     python bench.py model           # whole ViTs, 224 to 2,048 pixels
     ADALA_KERNEL=plain python bench.py model        # linear without its GPU kernel
 
-Weights and images are random. Students are as if aligned at the fewest pixels. Modes: eager;
-compiled, block by block; graph and compiled-graph, as one CUDA graph. Ratios are to fused softmax.
+Weights and images are random. Students are as if aligned at the fewest pixels. Ratios are to fused
+softmax. Modes: eager, and compiled block by block. At batch 1 a GPU may wait for Python.
 
 Writes bench-DEVICE-PART-DTYPE.csv to --out after every point, and replaces nothing: the next run
 writes ...-1.csv. results/bench_picture.py draws it. Calls take turns, each timed after an untimed
@@ -23,7 +23,7 @@ import re
 import sys
 import time
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
-from functools import cache, partial
+from functools import partial
 from itertools import accumulate, count, product
 from pathlib import Path
 
@@ -34,13 +34,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from model import ATTENTION, KNOWN, Architecture, ViT, linearize
-from support.runs import InputError, Stopped, device_and_dtype, graphed, run, write_whole
-
+from support.runs import InputError, Stopped, device_and_dtype, run, write_whole
 
 MODELS = {f"vit{s[0]}14": f"vit_{s}_patch14_dinov2.lvd142m" for s in ("small", "base", "large")}
 POINTS = {"attention": (256, 1024, 4096, 16384, 65536),                 # tokens; others: pixels
           "model": (224, 384, 512, 768, 1024, 1536, 2048)}
-MODES = "eager", "compiled", "graph", "compiled-graph"
+MODES = "eager", "compiled"
 HEAD_DIM = 64
 BASE = "softmax"                            # the row that ratios are to
 WRITTEN_OUT = "softmax_reference"           # with N x N maps
@@ -60,7 +59,7 @@ def parse(argv):
     flag("part", choices=PARTS)
     flag("--quick", action="store_true", help="few repeats; by default one model, three points")
     flag("--mode", choices=MODES, nargs="+", default=list(MODES if cuda else MODES[:1]),
-         help="(default: all on a GPU, eager on a CPU)")
+         help="(default: both on a GPU, eager on a CPU)")
     flag("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto",
          help="of weights (default: auto, half precision where the device has it)")
     flag("--heads", type=int, nargs="+", help="part attention (default: 6 16)")
@@ -75,12 +74,10 @@ def parse(argv):
     args.heads = args.heads or [6, 16][:1 if args.quick else None]
     args.models = args.models or [*MODELS][:1 if args.quick else None]
     args.points = args.points or POINTS[args.part][:3 if args.quick else None]
-    args.compile = any("compiled" in mode for mode in args.mode)
+    args.compile = "compiled" in args.mode
     if min(*args.heads, *args.batch_size, *args.points) < 1:
         raise InputError(f"--heads {args.heads} --batch-size {args.batch_size} --points "
                          f"{args.points}: expected 1 or more")
-    if not cuda and any("graph" in mode for mode in args.mode):
-        raise InputError(f"--mode {' '.join(args.mode)}: a CUDA graph needs a GPU")
     return args
 
 
@@ -159,8 +156,7 @@ def measure(calls, ended, device, seconds, maps=0):
         if rows[key]["status"] != "ok":
             continue
         try:
-            if "graph" not in mode:                     # which holds its memory from its making on
-                call()                                  # warm-up: compiles, fills caches
+            call()                                      # warm-up: compiles, fills caches
             rows[key]["peak_mb"] = peak_memory(call, device)
             first = timed(call, device)
         except RuntimeError as error:
@@ -187,12 +183,6 @@ def measure(calls, ended, device, seconds, maps=0):
 
 # ---- The parts yield their points: what all rows say, {(name, mode): call}, {name: the same on a
 # CPU, for count_flops}
-def once_graphed(function, example):
-    """function(example) as a CUDA graph, which the first call records."""
-    replay = cache(lambda: graphed(function, example))
-    return lambda: replay()(example)
-
-
 def attention_points(args, device, dtype):
     for batch, heads, tokens in product(args.batch_size, args.heads, args.points):
         facts = {"heads": heads, "batch": batch, "tokens": tokens}
@@ -203,14 +193,11 @@ def attention_points(args, device, dtype):
             for name, operator in operators(heads, grid, "cpu", dtype).items()}
         for mode in args.mode:
             for name, operator in operators(heads, grid, device, dtype).items():
-                if mode != "eager" and name == WRITTEN_OUT:
+                if mode == "compiled" and name == WRITTEN_OUT:
                     continue
-                if "compiled" in mode:
+                if mode == "compiled":
                     operator.compile(dynamic=False)
-                call = partial(operator, q, k, v, grid)
-                if "graph" in mode:         # the views q, k, v are no input of it: copies would be
-                    call = once_graphed(lambda _, call=call: call(), v[:0])     # laid out anew
-                calls[name, mode] = call
+                calls[name, mode] = partial(operator, q, k, v, grid)
         yield facts, calls, counted
 
 
@@ -220,19 +207,18 @@ def model_points(args, device, dtype):
         arch, vits = teacher.arch, {}
         sizes = [round(p / arch.patch) * arch.patch for p in args.points]
         students = {name: linearize(teacher, name, min(sizes)) for name in args.operators}
-        for name, compiled in product(args.operators, {"compiled" in mode for mode in args.mode}):
-            vits[name, compiled] = linearize(students[name], name).to(device, dtype)
-            for block in vits[name, compiled].blocks if compiled and name != WRITTEN_OUT else ():
+        for mode, name in product(args.mode, args.operators):
+            if mode == "compiled" and name == WRITTEN_OUT:
+                continue
+            vits[name, mode] = linearize(students[name], name).to(device, dtype)
+            for block in vits[name, mode].blocks if mode == "compiled" else ():
                 block.compile(dynamic=False)            # all share what the first one compiled
         for pixels in sizes:
             tokens, shape = arch.prefix + (pixels // arch.patch) ** 2, (batch, 3, pixels, pixels)
             facts = {"model": title, "heads": arch.heads, "batch": batch, "pixels": pixels,
                      "tokens": tokens}
-            images, calls = torch.randn(shape).to(device, dtype), {}
-            for mode, name in product(args.mode, args.operators):
-                if mode == "eager" or name != WRITTEN_OUT:
-                    make = once_graphed if "graph" in mode else partial
-                    calls[name, mode] = make(vits[name, "compiled" in mode], images)
+            images = torch.randn(shape).to(device, dtype)
+            calls = {key: partial(vit, images) for key, vit in vits.items()}
             counted = {name: lambda vit=vit: vit(torch.randn(shape))
                        for name, vit in students.items()}
             yield facts, calls, counted
@@ -254,7 +240,7 @@ def main(argv=None):
     torch._dynamo.config.recompile_limit = 64           # blocks of all operators share their code
     device, dtype = device_and_dtype(args)
     if not args.compile:                    # no compiler here, which device_and_dtype has said
-        args.mode = [mode for mode in args.mode if "compiled" not in mode]
+        args.mode = ["eager"]
     kind = str(dtype).removeprefix("torch.")
     gpu = torch.cuda.get_device_name() if device == "cuda" else None
     chip = gpu or linux("cpuinfo", "model name.*: (.*)", platform.machine())

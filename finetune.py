@@ -39,7 +39,6 @@ from support.runs import RANK, WORLD, InputError, Progress, autocast, average_gr
 from support.runs import bar, device_and_dtype, leave_signals, mean_over_processes, open_out
 from support.runs import parse_args, run, show, warmup_cosine, widen, write_whole
 
-
 DEFAULTS = dict(steps=2000, batch_size=32)
 DEMO = dict(size=64, steps=300, batch_size=64)              # without --data
 PREDICT = dict(steps=0, batch_size=1)

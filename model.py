@@ -303,7 +303,7 @@ class ViT(nn.Module):
 
     def normalize(self, images):
         """uint8 images (B, 3, height, width) -> as the weights expect them, in their dtype. Mean
-        and std stay Python numbers: a CUDA graph could not copy them from the host."""
+        and std stay Python numbers: tensors would be copied to a GPU in every call."""
         channels = zip((images / 255).unbind(1), self.arch.mean, self.arch.std)
         images = torch.stack([(channel - mean) / std for channel, mean, std in channels], dim=1)
         return images.to(self.norm.weight.dtype)
@@ -387,8 +387,8 @@ FAMILIES = {            # timm's name.tag -> what is no default; {a,b}: one name
 
 
 def known():
-    """FAMILIES, each name written out -> {name.tag: Architecture}, and the demo's."""
-    found = {"demo": Architecture(96, 6, 3, 384, patch=8, grid=(8, 8))}
+    """FAMILIES, each name written out -> {name.tag: Architecture}."""
+    found = {}
     for family, special in FAMILIES.items():
         # "vit_{small,base}_x.y" -> ["vit_"], ["small", "base"], ["_x.y"] -> two names
         parts = [part.split(",") for part in re.split("[{}]", family)]
@@ -434,7 +434,7 @@ def weights_file(spec):
         return Path(spec), None
     name, _, file = str(spec).partition("=")
     name = next((key for key in KNOWN if name in (key, key.partition(".")[0])), None)
-    if name is None or name == "demo" and not file:     # the demo's file is not online
+    if name is None:
         raise InputError(f"'{spec}' is neither a weight file nor a known name: expected a file, a "
                          "name that `python model.py` lists, or NAME=FILE (the demo: run it there)")
     return Path(file) if file else download(name), name
@@ -502,8 +502,6 @@ def load_vit(spec):
         arch = Architecture(**{"aligned": 10**6} | saved) if saved or name is None else KNOWN[name]
         if name and arch != KNOWN[name]:
             raise InputError(f"its header says {arch}")
-        if header.pop("keep_softmax", 0):
-            raise InputError("some of its blocks keep softmax, which is not linear")
         tensors = to_timm_names(tensors, path)
         if "pos_embed" in tensors and not saved:
             patches = tensors["pos_embed"].shape[1] - arch.cls_position
@@ -573,7 +571,7 @@ def save_vit(model, path, head=None, **facts):
 
 if __name__ == "__main__":
     print(f"{'name (without tag: the first)':50s} M params  patch  pixels  licence")
-    for name, arch in list(KNOWN.items())[1:]:          # without the demo's
+    for name, arch in KNOWN.items():
         with torch.device("meta"):
             size = sum(p.numel() for p in ViT(arch).parameters()) / 1e6
         licence = LICENCES.get(name.partition(".")[2], "apache-2.0")

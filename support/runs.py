@@ -208,28 +208,6 @@ def device_and_dtype(args):
     return device, getattr(torch, args.dtype)
 
 
-def graphed(function, example):
-    """function(example) recorded as one CUDA graph -> call(x), for x of the example's shape.
-    One launch replays all kernels, where a ViT at batch 1 otherwise waits for Python. Each call
-    overwrites the output of the one before. The weights must stay where they are in memory."""
-    example, stream = example.clone(), torch.cuda.Stream()      # the graph reads its input here
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.no_grad(), torch.cuda.stream(stream):
-        for _ in range(3):                              # compile, choose algorithms, fill caches
-            function(example)
-    stream.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.no_grad(), torch.cuda.graph(graph):
-        out = function(example)
-
-    def replay(x):
-        example.copy_(x)
-        graph.replay()
-        return out
-
-    return replay
-
-
 @contextmanager
 def rank_0_first():
     """Other processes of torchrun wait until rank 0 is through, and find its download on disk."""

@@ -160,7 +160,7 @@ def test_part_model(tmp_path):
 
 @pytest.mark.parametrize("words", (("attention", "--points", "64"), ("model", "--points", "28")))
 def test_modes_stand_in_one_table_with_ratios_in_the_same_mode(words, tmp_path, monkeypatch):
-    """Compiled with a backend that needs no compiler. Graphs are test_cuda.py's."""
+    """Compiled with a backend that needs no compiler."""
     compiled, real = [], torch.nn.Module.compile
 
     def once(module, **more):
@@ -175,13 +175,6 @@ def test_modes_stand_in_one_table_with_ratios_in_the_same_mode(words, tmp_path, 
     consistent(rows)
     assert model.softmax_reference not in compiled      # it would become the fused kernel
     assert model.linear_attention in compiled
-
-
-def test_a_graph_is_recorded_by_the_first_call(monkeypatch):
-    graphed = Mock(side_effect=lambda function, example: function)
-    monkeypatch.setattr(bench, "graphed", graphed)
-    call = bench.once_graphed(lambda x: 2 * x, 21)
-    assert not graphed.called and call() == call() == 42 and graphed.call_count == 1
 
 
 def test_what_was_measured_survives_an_interruption(tmp_path, monkeypatch):
@@ -217,7 +210,7 @@ def test_nothing_is_ever_replaced_and_the_picture(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("words, says", (
     (("attention", "--points", "0"), "--points"), (("model", "--batch-size", "-1"), "--batch-size"),
-    (("attention", "--heads", "0"), "--heads"), (("model", "--mode", "graph"), "needs a GPU")))
+    (("attention", "--heads", "0"), "--heads")))
 def test_bad_flags_are_refused(words, says, tmp_path):
     with pytest.raises(InputError, match=says):
         table(tmp_path, *words)

@@ -54,6 +54,8 @@ def test_command_parses(command):
         assert not words                    # it only lists what it knows
     else:
         SCRIPTS[script].parse(words)
+    for word in words:                      # the demo's files are here
+        assert not word.startswith("demo") or (ROOT / word.partition(":")[0]).is_file()
 
 
 def test_every_script_has_a_command_and_the_first_block_holds_the_demo_and_the_tests():
