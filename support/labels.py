@@ -40,7 +40,7 @@ LAYOUTS = {
 
 
 def read_mask(source):
-    """Path, PIL image or drawn mask -> ids as the file stores them, uint8 (H, W)."""
+    """Path, PIL image or mask of the demo -> ids as the file stores them, uint8 (H, W)."""
     if isinstance(source, torch.Tensor):
         return source
     try:
@@ -61,7 +61,7 @@ def read_item(item, task, lookup=None, short=None):
 
 
 def pairs(data, part, photos, masks, ends=("", ""), listed=None, **_):
-    """A part of a folder that a row of LAYOUTS fits -> [(photo, mask), ...], none looked at."""
+    """A part of a folder of this layout -> [(path of photo, path of mask), ...], files unread."""
     top, below = Path(data, photos.format(part)), Path(data, masks.format(part))
     found = {path: str(Path(path).relative_to(top).with_suffix("")) for path in find_images(top)}
     if len({*found.values()}) < len(found):
@@ -110,7 +110,7 @@ def by_class(data):
 
 
 def look(part, i, segment):
-    """Look at a photo -> what is wrong with it or its mask, or to segment, pixels of each id."""
+    """Read a photo and its mask -> what is wrong, as text; else to segment: pixels of each id."""
     try:
         item = part[i]
         shape = read_image(item, None if segment else 32).shape[1:]
@@ -125,8 +125,9 @@ def look(part, i, segment):
 
 
 def load_data(data, task, ignore=None):
-    """-> (training items, held-out items, class names, their ids in masks), after a look at all.
-    ignore: ids that count nowhere; None: IGNORE and those of the folder's layout."""
+    """-> (training items, held-out items, class names, their ids in masks). It reads all files once,
+    to name bad ones before training. ignore: ids that count nowhere; None: IGNORE and those of the
+    folder's layout."""
     segment, row = task == "segment", {}
     if data is None:
         parts = Shapes("train"), Shapes("val")
@@ -162,8 +163,9 @@ def load_data(data, task, ignore=None):
 
 
 def fitted(item, size, patch, points=None):
-    """(photo uint8 (3, H, W), mask) -> the photo in its own shape, its shorter side scaled to size,
-    each side to the nearest multiple of the patch; points: the mask with that many a patch."""
+    """(photo uint8 (3, H, W), mask) -> the same, resized: the photo's shorter side to `size`, then
+    each side to the nearest multiple of the patch; the mask, if points is given, to points x points
+    pixels a patch."""
     photo, mask = item
     grid = [max(1, round(n * size / min(photo.shape[1:]) / patch)) for n in photo.shape[1:]]
     if points:
@@ -173,7 +175,7 @@ def fitted(item, size, patch, points=None):
 
 
 def views_of(task, size, patch):
-    """-> (a random crop, mirrored or not, for training; all of a photo), with its mask, if any."""
+    """-> (random crop, mirrored or not, for training; the whole photo), both with their mask."""
     if task == "classify":
         return views(size)
     fill = {tv_tensors.Mask: IGNORE, "others": 124}     # about the mean of photos

@@ -1,4 +1,4 @@
-"""Photos without labels: one reader, one listing, one order of draws, the same in every stage."""
+"""Photos without labels: every stage reads, lists and draws them by the functions here."""
 import math
 import os
 import sys
@@ -30,16 +30,17 @@ MASK_FOLDERS = {"masks", "annotations", "trainannot", "valannot", "testannot", "
 
 
 def views(size):
-    """Photos to squares: -> (a random crop, mirrored or not, for training; all of the middle)."""
+    """Views of a photo, squares -> (random crop, mirrored or not, to train on; its middle)."""
     crop = v2.RandomResizedCrop(size, (0.35, 1), **BICUBIC)
     whole = v2.Compose([v2.Resize(size, **BICUBIC), v2.CenterCrop(size)])
     return v2.Compose([crop, v2.RandomHorizontalFlip()]), whole
 
 
 def read_image(source, short=None):
-    """Path, PIL image, drawn tensor, or an item that begins with one -> uint8 (3, H, W), RGB,
+    """Path, PIL image, tensor of the demo, or a tuple that begins with one -> uint8 (3, H, W), RGB,
     upright by EXIF. InputError: unreadable, more than 8 bits a channel, or above Pillow's limit.
-    short: a JPEG may be decoded at 1/2, 1/4 or 1/8, its shorter side not below twice that."""
+    short: to save time a JPEG may be decoded at 1/2, 1/4 or 1/8 of its size, as long as its shorter
+    side is at least 2 * short."""
     source = source[0] if isinstance(source, tuple) else source
     if isinstance(source, torch.Tensor):
         return source
@@ -57,8 +58,8 @@ def read_image(source, short=None):
 
 
 def find_images(folder):
-    """Sorted paths of all images below a folder. A line says what was found, and what was left
-    out: dot names, MASK_FOLDERS, folders of runs, links in a circle, what cannot be listed."""
+    """Sorted paths of all images below a folder. It prints what it found and what it left out: dot
+    names, MASK_FOLDERS, folders of our runs, circular links, unreadable folders."""
     found, left_out = [], []
     for top, folders, files in os.walk(folder, followlinks=True,
                                        onerror=lambda error: left_out.append(str(error))):
@@ -83,7 +84,7 @@ def find_images(folder):
 
 @rank_0_first()
 def open_set(name, root="data"):
-    """One of torchvision's sets, downloaded to `root` on first use -> [training, held-out part]."""
+    """A set of torchvision, downloaded to `root` on first use -> [training part, held-out part]."""
     kind, argument, *parts = SETS[name]
     try:
         return [kind(root, download=True, **{argument: part}) for part in parts]
@@ -92,22 +93,22 @@ def open_set(name, root="data"):
 
 
 def names(source):
-    """The real paths of the photos in a list, or in several. One of torchvision's sets has none."""
+    """The real paths of the photos of a list, or of several lists. torchvision's sets have none."""
     lists = [part for part in getattr(source, "datasets", [source]) if isinstance(part, list)]
     return [os.path.realpath(item[0] if isinstance(item, tuple) else item)
             for part in lists for item in part]
 
 
 def refuse_shared(train, held_out):
-    """InputError if both parts list a file, by whatever symbolic links."""
+    """InputError if both parts list the same file, also by way of symbolic links."""
     if shared := sorted({*names(train)} & {*names(held_out)}):
         raise InputError(f"{len(shared)} photos are trained on and held out: {shared[:8]}")
 
 
 def unlabelled(data):
-    """Folders, or names in SETS, for stages 1 and 2 -> (training, held out): paths, or items that
-    begin with an image. A folder beats a set of its name. A folder with train/ and val/ holds out
-    val/; of any other every tenth photo is held out, at most 256."""
+    """Photos of stages 1 and 2, from folders or names in SETS -> (training, held out), lists of
+    paths or of tuples that begin with an image. A folder is preferred to a set of its name. Held
+    out is val/ of a folder with train/ and val/, else every tenth photo, at most 256."""
     parts = []
     for folder in data:
         if folder in SETS and not Path(folder).is_dir():
@@ -127,15 +128,15 @@ def unlabelled(data):
 
 @lru_cache(maxsize=2)
 def permutation(n, seed, epoch):
-    """The order of n photos in an epoch: -> int64 (n,), a function of the arguments alone."""
-    seed = zlib.crc32(repr((seed, "epoch", epoch)).encode())        # PyTorch looks at 32 bits
+    """The order of n photos in an epoch -> int64 (n,). It depends on the arguments alone."""
+    seed = zlib.crc32(repr((seed, "epoch", epoch)).encode())        # PyTorch uses 32 bits of it
     return torch.randperm(n, generator=torch.Generator().manual_seed(seed))
 
 
 class Draws(Dataset):
-    """Draw i of a run, transform(read(item)), is a function of (seed, i), whatever the workers.
-    Every epoch is a permutation; seed None: in order. skip: a photo that cannot be read is named on
-    stderr once, and the next photo takes its place."""
+    """Draw i of a run is transform(read(item)). It depends on seed and i alone, not on workers or
+    processes. Each epoch is a permutation; with seed None photos come in order. skip: a photo that
+    cannot be read is named on stderr once, and the next photo takes its place."""
 
     def __init__(self, source, read, transform, seed=None, skip=False):
         self.source, self.read, self.transform = source, read, transform
@@ -167,9 +168,9 @@ class Draws(Dataset):
 
 
 def loaders(args, source, held_out, first):
-    """-> (batches uint8 (B, 3, size, size) of the steps after `first`; held-out batches, in order,
-    of at most 256 photos: more change no table's second digit). Drawn images are seen whole, photos
-    in random crops."""
+    """-> (training batches, uint8 (B, 3, size, size), of the steps after `first`; held-out batches,
+    in order, of at most 256 photos, since more change no table's second digit). Training sees
+    random crops of photos, and the demo's images whole."""
     read, (crop, whole) = partial(read_image, short=args.size), views(args.size)
     train = Draws(source, read, crop if args.data else whole, args.seed, skip=True)
     test = Draws(held_out, read, whole, skip=True)

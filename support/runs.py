@@ -34,25 +34,27 @@ RANK, WORLD = 0, 1
 if dist.is_torchelastic_launched():                     # other launchers set RANK, too
     RANK, WORLD = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 LINE_EVERY = 30                                         # seconds, where stderr is no terminal
-bar = partial(tqdm, leave=False, delay=2, disable=RANK > 0 or None)     # None: if no terminal
+bar = partial(tqdm, leave=False, delay=2, disable=RANK > 0 or None)     # None: terminals only
 
 
 class InputError(Exception):
-    """What the user gave cannot be used, in one line: what, what is expected, what was found."""
+    """What the user gave cannot be used. The message is one line: the file, flag or tensor, what is
+    expected, and what was found."""
 
-    def __init__(self, message):                        # a loader's worker adds its traceback
+    def __init__(self, message):                        # a loader's worker prepends a traceback
         message = str(message).rpartition("InputError: ")[2].strip()
         super().__init__("".join(c if c.isprintable() else " " for c in message))
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal, whose number it holds, ended the run. left: what any end leaves, for a message."""
+    """A signal ended the run; args[0] is its number. left: what a run that ends early leaves on
+    disk, for its last message."""
     left = ""
 
 
 # ---- Files
 def one_line(error):
-    """What a library's error says, in 300 characters at most, without torch.load's advice."""
+    """A library's error message as one line of 300 characters, without torch.load's advice."""
     message = str(error).rpartition("WeightsUnpickler error:")[2].strip()
     if "Original Traceback" in message:                 # of a loader's worker, ends with its error
         message = message.splitlines()[-1]
@@ -77,7 +79,8 @@ def write_whole(path, content):
 
 
 def real(value, inputs):
-    """An argument with the real paths of inputs in FILE, FILE:OPERATOR, NAME=FILE, or a list."""
+    """An argument, FILE, FILE:OPERATOR, NAME=FILE or a list of such, with the real paths of inputs.
+    So another spelling of a path is not another run."""
     if isinstance(value, str):
         return "".join(os.path.realpath(part) if Path(part) in inputs else part
                        for part in re.split("([=:])", value))
@@ -85,8 +88,8 @@ def real(value, inputs):
 
 
 def claim(out, told):
-    """Make or find the folder of the run that `told` describes; another run's moves aside. The lock
-    on it lasts until this process ends, however it ends."""
+    """Make the folder of the run that `told` describes, or find it. The folder of another run moves
+    aside. A lock on it lasts until this process ends, however it ends."""
     mark, stopped = out / "run.json", (out / "state.pt").is_file()
     held = out.exists() and any(not path.name.startswith(".") for path in out.iterdir())
     if held and not (mark.is_file() and b'"script"' in mark.read_bytes()):
@@ -118,9 +121,9 @@ def claim(out, told):
 
 
 def open_out(args, inputs, *lists):
-    """Make the folder --out, or find a stopped run in it: -> (folder, its state or None). Called
-    after all checks. inputs: weight files and folders that are read, and must lie apart. Files'
-    content and `lists` (of photos' names) are hashed: a run on changed ones is another run."""
+    """Make the folder --out, or find a stopped run in it -> (folder, that run's state or None).
+    Call it after all checks. inputs: weight files and folders to read, which --out must not hold or
+    lie in. Files' content and `lists` of photos' names are hashed: changed, it is another run."""
     out, digest = Path(os.path.realpath(args.out)), hashlib.sha256(repr(lists).encode())
     inputs = [*map(Path, filter(None, inputs))]
     for path in inputs:
@@ -147,8 +150,8 @@ def open_out(args, inputs, *lists):
 
 # ---- Flags, device, processes
 def parse_args(parser, argv, out, defaults, demo):
-    """Add the flags that say nothing of the method, and parse. Without --data what is not given is
-    `demo`'s, else `defaults`'."""
+    """Add the flags that all stages share, and parse. A flag that is not given has its value of
+    `demo` in a run without --data, else that of `defaults`."""
     flag, cuda = parser.add_argument, torch.cuda.is_available()
     parser.register("type", None, lambda text: "=".join(    # ~, also in --out=~/x and NAME=~/x
         map(os.path.expanduser, text.split("="))))
@@ -168,7 +171,7 @@ def parse_args(parser, argv, out, defaults, demo):
     own = parser.parse_known_args(argv)[0].data
     parser.set_defaults(**(defaults if own else demo))
     args = parser.parse_args(argv)
-    if not own and demo != defaults:
+    if not own and demo != defaults:                    # equal for --predict
         print("demo:", *(f"--{key.replace('_', '-')} {getattr(args, key)}" for key in demo))
     args.every = max(1, args.steps // 10) if args.every is None else args.every
     for key, least in dict(steps=0, workers=0, save_every=0, batch_size=1, every=1, seed=0).items():
@@ -186,9 +189,9 @@ def parse_args(parser, argv, out, defaults, demo):
 
 
 def device_and_dtype(args):
-    """-> (CUDA where there is one, dtype of autocast); joins torchrun's processes, if there are.
-    args.dtype "auto" becomes what it is here. args.compile becomes False, and a line says why,
-    where torch.compile cannot work."""
+    """-> ("cuda" if there is a GPU, else "cpu"; dtype of autocast). It joins torchrun's processes,
+    if there are any. It replaces "auto" in args.dtype. Where torch.compile cannot work,
+    args.compile becomes False, and a line says why."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if WORLD > 1 and not dist.is_initialized():
         if device == "cuda":
@@ -210,7 +213,7 @@ def device_and_dtype(args):
 
 @contextmanager
 def rank_0_first():
-    """Other processes of torchrun wait until rank 0 is through, and find its download on disk."""
+    """torchrun's other processes wait for rank 0, and then find its download on disk."""
     if dist.is_initialized() and RANK > 0:
         dist.barrier()
     yield
@@ -219,7 +222,7 @@ def rank_0_first():
 
 
 def mean_over_processes(tensor):
-    """-> the mean of what torchrun's processes have, a new tensor without gradient."""
+    """-> the mean over torchrun's processes, a new tensor without gradient."""
     tensor = tensor.detach().clone()
     if WORLD > 1:
         dist.all_reduce(tensor)
@@ -228,7 +231,7 @@ def mean_over_processes(tensor):
 
 
 def average_gradients(parameters):
-    """Put the mean over torchrun's processes in the place of each gradient, in one exchange."""
+    """Replace each gradient by its mean over torchrun's processes, in one exchange."""
     gradients = [p.grad for p in parameters if p.grad is not None]
     if WORLD > 1:
         mean = mean_over_processes(nn.utils.parameters_to_vector(gradients))
@@ -237,32 +240,33 @@ def average_gradients(parameters):
 
 # ---- Training
 def autocast(device, dtype):
-    """torch.autocast for half precision; in float32 and float64 everything stays as it is.
-    What is compiled enters it inside, since its backward runs under the autocast of its call."""
+    """torch.autocast in half precision; in float32 and float64 it does nothing. Enter it inside a
+    function to compile, not around it: else the compiled backward pass is under it, too."""
     return torch.autocast(device, dtype, enabled=dtype in (torch.bfloat16, torch.float16))
 
 
 def widen(tensor):
-    """To float32, in which losses are summed; float64 stays."""
+    """Half precision to float32, in which losses are summed; float32 and float64 stay."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def warmup_cosine(optimizer, steps, ramp=40):
-    """Each group's rate, times a ramp of 40 steps (a tenth of a long run) and half a cosine down to
-    0. So a run of 40 steps never reaches the full rate, which would do harm there."""
+    """Multiply each group's rate by half a cosine down to 0, and at first by a linear ramp: of 40
+    steps, or a tenth of a long run. At the full rate the loss of a run of 40 steps would rise."""
     ramp = max(ramp, steps / 10)
     return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, (step + 1) / ramp)
                                              * (1 + math.cos(math.pi * step / max(1, steps))) / 2)
 
 
 class Progress:
-    """A run on its way: log.jsonl, a line that tells of it, and OUT/state.pt.
+    """A training loop's log.jsonl, its line on stderr, and its state, OUT/state.pt.
 
-    saved: what open_out found. kept: what else the end of the run needs: numbers, text, tensors.
-    parts: what an update changes, each with a state_dict. `images` are those of all processes.
-    An error in an update, between steps() and done(), saves nothing. At other moments run() saves.
+    saved: the state that open_out found, or None. kept: numbers, text and tensors that the end of
+    the run needs. parts: what an update changes, each with a state_dict. images: seen by all
+    processes. An error during an update, between steps() and done(), saves nothing, because the
+    update is half done. After any other error run() saves.
     """
-    now, signal = None, 0                               # the one in its loop; the number received
+    now, signal = None, 0       # the Progress whose loop runs; number of a signal that has come
 
     def __init__(self, args, out, saved, kept, **parts):
         self.args, self.out, self.kept, self.parts = args, out, kept, parts
@@ -284,8 +288,8 @@ class Progress:
                 dist.broadcast(tensor, 0)               # all processes begin as rank 0 does
 
     def steps(self, batches):
-        """-> (step, batch), from the first that is not done. Saves when due and at the end. A
-        signal to any process ends all after the same step. What next() raises, run() saves for."""
+        """-> (step, batch), from the first step that is not done yet. It saves when due and at the
+        end. A signal to any process ends all processes after the same step."""
         Progress.now, batches, stop = self, iter(batches), 0
         self.told = time.perf_counter(), self.step, self.images
         with suppress(AttributeError, ValueError):      # torch's handler would raise in an update
@@ -309,8 +313,8 @@ class Progress:
             raise Stopped(Progress.signal or int(stop))
 
     def done(self, loss, **row):
-        """The update is complete: its row for the log, with the mean of the processes' losses, and
-        every 30 seconds a line that tells of it; on a terminal more often, in one place."""
+        """The update is complete. Prepare its row of the log, with the mean loss of all processes.
+        Print a line every 30 seconds; a terminal shows one that changes."""
         loss = mean_over_processes(torch.tensor(loss, dtype=torch.float64)).item()
         if not math.isfinite(loss):
             raise InputError(f"the loss is {loss} at step {self.updating}: try a lower --lr")
@@ -328,11 +332,11 @@ class Progress:
             self.told = now, self.step, self.images
 
     def log(self, **row):
-        """More for this step's line in the log, such as a held-out score."""
+        """Add to this step's row of the log, such as a held-out score."""
         self.row |= row
 
     def save(self, due=0):
-        """Write the step's line, and after the time `due` the state."""
+        """Write the step's row to the log and, if the time `due` has come, the state."""
         row, self.row = self.row, {}
         if row:
             self.file.write(json.dumps(row).encode() + b"\n")
@@ -348,7 +352,7 @@ class Progress:
             Stopped.left = f"the same command goes on from step {self.saved}, {where}"
 
     def summary(self):
-        """What the run took: time of a step (median), images a second, peak memory."""
+        """-> the median time of a step, images a second, peak memory, as text."""
         step = sorted(self.times)[len(self.times) // 2] if self.times else math.inf
         memory = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else (
             resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1000 if resource else 0)
@@ -356,7 +360,7 @@ class Progress:
                 f"peak memory {memory / 1e9:.1f} GB")
 
     def finish(self):
-        """The run is over and its files are written: no state is needed."""
+        """The run is over and its files are written: remove its state."""
         Stopped.left = ""
         if RANK == 0:
             (self.out / "state.pt").unlink(missing_ok=True)
@@ -364,7 +368,7 @@ class Progress:
 
 # ---- The end, whatever brings it
 class Screen(io.FileIO):
-    """stdout or stderr that cannot end a run: what a closed or broken one should show is lost."""
+    """stdout or stderr that cannot end a run: text for a closed or broken one is lost."""
 
     def write(self, data):
         try:
@@ -374,7 +378,7 @@ class Screen(io.FileIO):
 
 
 def show(draw, *args, **more):
-    """Call what draws a picture: its failure is said in a line, and never ends a run."""
+    """Call a function that draws a picture. If it fails, a line says so, and the run goes on."""
     try:
         draw(*args, **more)
     except Exception as error:
@@ -382,7 +386,7 @@ def show(draw, *args, **more):
 
 
 def on_signal(number, _):
-    """An update is finished first, and its state saved. A second signal ends at once."""
+    """A first signal: finish the update, save, and end. A second one ends at once."""
     signal.signal(number, signal.SIG_IGN if WORLD > 1 else signal.SIG_DFL)     # torchrun's is late
     Progress.signal = number                            # steps() sees it, should the raise be lost
     if Progress.now is None:
@@ -390,13 +394,13 @@ def on_signal(number, _):
 
 
 def leave_signals(_):
-    """A loader's worker: Ctrl-C reaches it too, but it ends when the main process says so."""
+    """For a loader's worker: Ctrl-C reaches it, too, but the main process must end it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def explain(error):
-    """-> the line that says what ended main(). A traceback goes before it if nobody foresaw it."""
+    """-> one line that says what ended main(). Of an unforeseen error, print the traceback, too."""
     text, updating = one_line(error), Progress.now and Progress.now.updating
     if isinstance(error, InputError):
         return str(error)
@@ -414,12 +418,12 @@ def explain(error):
 
 
 def run(main):
-    """A script's main(), with what a user can mend as one line on stderr instead of a traceback."""
+    """Call a script's main(). What a user can mend is one line on stderr instead of a traceback."""
     with suppress(AttributeError, OSError, ValueError):     # Windows has no limit; some are fixed
         hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]    # workers send tensors as open files
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     null = 0
-    while null < 3:                                     # no file of ours is a closed stdout's
+    while null < 3:             # if stdout is closed, none of our files gets its number
         null = os.open(os.devnull, os.O_RDWR)
     sys.stdout, sys.stderr = (io.TextIOWrapper(
         io.BufferedWriter(Screen(number, "w", closefd=False)), errors="backslashreplace",
