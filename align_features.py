@@ -139,7 +139,7 @@ def compare(teacher, student, batches, whiten, constant, device, dtype):
 
 
 def report(before, after, constant):
-    """Print the measures side by side. Say where a cosine fell, or an error is a constant's."""
+    """Print all measures. Say which cosine fell, and which error is no better than a constant's."""
     print(f"\nheld-out final tokens, student against teacher\n{'':16s}before  after  constant")
     worse = []
     for key in (key for key in after if after[key] is not None):

@@ -7,8 +7,8 @@
 
 --weights takes one file or several, and treats each in the same way. FILE:linear is FILE with its
 attention swapped and nothing aligned. The head first learns on the frozen backbone's features, then
-all weights are tuned (Kumar et al. 2022). --freeze stops after the head. --from-scratch keeps of a
-file its architecture and operator alone. --steps 0 scores a checkpoint of this script as it is.
+all weights are tuned (Kumar et al. 2022). --freeze stops after the head. --from-scratch keeps only
+the architecture and operator of a file. --steps 0 scores a checkpoint of this script as it is.
 
 To classify, photos lie in train/CLASS/ and val/CLASS/, and their middle square counts. To segment,
 one of LAYOUTS fits the folder, masks hold an id a pixel, and classes.txt may name id 0, 1, ... line
@@ -235,8 +235,8 @@ def evaluate(vit, head, batches, task, classes, device, dtype=torch.float32):
 # ---- One of --weights: load, train, score
 
 def load_backbone(spec, args):
-    """FILE, NAME, NAME=FILE, each may end in :OPERATOR -> (ViT, the part of that before
-    :OPERATOR, stages behind it)."""
+    """FILE, NAME or NAME=FILE, each may end in :OPERATOR -> (ViT, spec without :OPERATOR, stages
+    that it went through)."""
     name, _, operator = spec.rpartition(":")
     name, operator = (name, operator) if name and operator in ATTENTION else (spec, None)
     vit = load_vit(name)
@@ -250,8 +250,8 @@ def load_backbone(spec, args):
 
 
 def begin_row(spec, args, classes, ids):
-    """-> ViT and head as they are before training, stages behind the ViT, is the head its own? A
-    checkpoint's head is kept if it is for the same task, classes and ids."""
+    """-> (ViT before training, head before training, stages that the ViT went through, whether the
+    checkpoint's own head is kept). It is if its task, classes and ids are the same."""
     torch.manual_seed(args.seed)
     vit, file, stage = load_backbone(spec, args)
     torch.manual_seed(args.seed)                        # the same head for each row
@@ -427,8 +427,8 @@ def picture(vit, head, held_out, classes, path, device):
 
 @torch.no_grad()
 def predict(args, device, dtype):
-    """Label photos with a checkpoint of ours: a line each, and to segment a mask of ids in colours.
-    A photo that cannot be done is named, and the rest is done."""
+    """Label photos with a checkpoint of ours: print a line each; to segment, also write a mask of
+    ids with a palette. A photo that cannot be read is named, and the others are labelled."""
     spec, wide = args.weights[0], torch.promote_types(dtype, torch.float32)
     vit = load_vit(spec)
     header = vit.header

@@ -368,7 +368,7 @@ DINOV3 = REGISTERS | dict(position="rotary", qkv_bias=False, eps=1e-5, grid=(16,
 SIGLIP = HALF | dict(cls=False, cls_position=False)
 DEIT3 = dict(layerscale=True, cls_position=False)
 LICENCES = {"lvd1689m": "dinov3-license"}               # by tag; others: apache-2.0
-FAMILIES = {            # timm's name.tag -> what is no default; {a,b}: one name with a, one with b
+FAMILIES = {    # timm's name.tag -> all but the defaults; {a,b}: one name with a, one with b
     "vit_{small,base,large}_patch14_dinov2.lvd142m": DINOV2,
     "vit_{small,base,large}_patch14_reg4_dinov2.lvd142m": REGISTERS,
     "vit_{small,base,large}_patch16_dinov3.lvd1689m": DINOV3,

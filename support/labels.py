@@ -125,9 +125,8 @@ def look(part, i, segment):
 
 
 def load_data(data, task, ignore=None):
-    """-> (training items, held-out items, class names, their ids in masks). It reads all files once,
-    to name bad ones before training. ignore: ids that count nowhere; None: IGNORE and those of the
-    folder's layout."""
+    """-> (training items, held-out items, class names, their ids in masks). It reads each file, to
+    name bad ones before training. ignore: ids that count nowhere; None: IGNORE and the layout's."""
     segment, row = task == "segment", {}
     if data is None:
         parts = Shapes("train"), Shapes("val")
