@@ -1,51 +1,43 @@
 """Draws tables of bench.py: python results/bench_picture.py NAME.png CSV...
 
-A row of panels for time or images/s, memory and FLOPs. A column for each model, batch, dtype and
-mode. Axes are logarithmic. It needs matplotlib (pip install matplotlib).
+A row of panels for time or images/s and one for memory. A column for each model, heads, batch,
+pass, dtype and mode. It needs matplotlib (pip install matplotlib).
 """
 import csv
 import math
 import sys
-from itertools import product
 
-try:
-    from matplotlib.figure import Figure
-except ModuleNotFoundError:
-    sys.exit("bench_picture.py: the picture needs matplotlib: pip install matplotlib")
+from matplotlib.figure import Figure
 
-SHOWN = {"attention": ("tokens", ("heads", "pass", "dtype", "mode"),
-                       ("median_ms", "peak_mb", "gflops")),
-         "model": ("pixels", ("model", "batch", "dtype", "mode"), ("images_per_s", "peak_mb"))}
-WORDS = {"median_ms": "milliseconds a call", "peak_mb": "peak memory, MB",
-         "gflops": "billion operations", "images_per_s": "images a second",
-         "pixels": "height and width, pixels", "tokens": "tokens"}
+SHOWN = {"attention": ("tokens", "median_ms", "peak_mb"),
+         "model": ("pixels", "images_per_s", "peak_mb")}
+WORDS = {"median_ms": "milliseconds a call", "images_per_s": "images a second",
+         "peak_mb": "peak memory, MB"}
 
 
 def main(target, *tables):
     rows = [row for path in tables for row in csv.DictReader(open(path, newline=""))]
-    x, keys, columns = SHOWN[rows[0]["part"]]
-    panels = {}
-    for column, row in product(columns, rows):
-        panel = panels.setdefault((column, *(f"{key} {row[key]}" for key in keys)), {})
-        panel.setdefault(row["name"], []).append((int(row[x]), float(row[column] or math.nan)))
-    shape = len(columns), len(panels) // len(columns)
-    figure = Figure((4 * shape[1], 3.4 * shape[0]), layout="constrained")
-    axes = figure.subplots(*shape, squeeze=False, sharex=True, sharey="row")
-    for axis, ((column, *title), curves) in zip(axes.flat, panels.items()):
-        for name, curve in curves.items():
-            axis.loglog(*zip(*curve), marker=".", label=name)
-        axis.set_title("\n".join([", ".join(title[:2]), ", ".join(title[2:])]), fontsize=8)
-        axis.set(xlabel=WORDS[x], ylabel=WORDS[column])
-        points = sorted({int(row[x]) for row in rows})
-        axis.minorticks_off()
-        axis.set_xticks(points, points, fontsize=7, rotation=45)
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
-    figure.suptitle("{device}, torch {torch}".format(**rows[0]), fontsize=9)
-    figure.savefig(target, dpi=90)
+    x, *columns = SHOWN[rows[0]["part"]]
+    groups = {}
+    for row in rows:
+        title = "{model} heads {heads} batch {batch}\n{pass} {dtype} {mode}".format(**row)
+        groups.setdefault(title, {}).setdefault(row["name"], []).append(row)
+    points = sorted({int(row[x]) for row in rows})
+    figure = Figure((4 * len(groups), 7), layout="constrained")
+    axes = figure.subplots(2, len(groups), squeeze=False, sharex=True, sharey="row")
+    for line, column in zip(axes, columns):
+        for axis, (title, curves) in zip(line, groups.items()):
+            for name, curve in curves.items():
+                axis.loglog([int(row[x]) for row in curve],
+                            [float(row[column] or math.nan) for row in curve], marker=".",
+                            label=name)
+            axis.set(title=title, xlabel=x, ylabel=WORDS[column])
+            axis.minorticks_off()
+            axis.set_xticks(points, points)
+    axis.legend()
+    figure.savefig(target, dpi=80)
     print(f"wrote {target}")
 
 
 if __name__ == "__main__":
-    if len(sys.argv) < 3 or not sys.argv[1].endswith(".png"):
-        sys.exit(__doc__)
-    main(*sys.argv[1:])
+    main(*sys.argv[1:]) if len(sys.argv) > 2 else sys.exit(__doc__)

@@ -8,45 +8,44 @@ standard error over held-out photos, seeds averaged: by a bootstrap, 1,000 draws
 """
 import sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
-from functools import partial
 from pathlib import Path
 
 import torch
-from torch.utils.data import DataLoader
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from finetune import load_head, logits_of, make_head, upsampled_classes         # noqa: E402
 from model import load_vit                                                      # noqa: E402
-from support.labels import IGNORE, by_shape, load_data, read_item, views_of     # noqa: E402
-from support.photos import Draws                                                # noqa: E402
+from support.labels import IGNORE, load_data, read_item, views_of               # noqa: E402
 from support.runs import device_and_dtype, run                                  # noqa: E402
 
 
 @torch.no_grad()
-def confusions(file, task, source, ids, size, device, dtype):
+def confusions(file, task, items, ids, size, device, dtype):
     """A checkpoint -> how often each photo, or pixel of it, of a class is taken for which other:
     (photos, K, K), rows are the true class."""
     vit, K, found = load_vit(file), len(ids), []
     head = make_head(vit.arch, task, K, vit.header["head_kind"], vit.attention)
     vit, head = vit.to(device), load_head(head, file).to(device).eval()
     lookup = torch.tensor([ids.index(i) if i in ids else IGNORE for i in range(256)]).byte()
-    read = partial(read_item, task=task, lookup=lookup, short=size)
-    draws = Draws(source, read, views_of(task, size, vit.arch.patch)[1])
-    for [(photo, truth)] in DataLoader(draws, collate_fn=by_shape):
-        guess = logits_of(vit, head, photo.to(device), task, dtype).cpu()
-        guess = upsampled_classes(guess, truth.shape[1:]) if task == "segment" else guess.argmax(1)
-        counted = truth != IGNORE
-        pairs = K * truth[counted].long() + guess[counted]
-        found.append(pairs.bincount(minlength=K * K).view(K, K))
+    whole = views_of(task, size, vit.arch.patch)[1]
+    for item in items:
+        photo, truth = whole(read_item(item, task, lookup, size))
+        guess = logits_of(vit, head, photo[None].to(device), task, dtype).cpu()
+        if task == "segment":
+            counted = truth != IGNORE
+            truth, guess = truth[counted], upsampled_classes(guess, truth.shape)[0, counted]
+        else:
+            truth, guess = torch.tensor([truth]), guess.argmax(1)
+        found.append((K * truth.long() + guess).bincount(minlength=K * K).view(K, K))
     return torch.stack(found)
 
 
 def score(confusion, task):
-    """(..., K, K) -> (...), percent: top-1, or mean IoU of the classes that occur."""
-    right = confusion.diagonal(dim1=-2, dim2=-1).double()
+    """(seeds, K, K) -> the seeds' mean, percent: top-1, or mean IoU of the classes that occur."""
+    right = confusion.diagonal(dim1=1, dim2=2).double()
     if task == "classify":
-        return 100 * right.sum(-1) / confusion.sum((-2, -1))
-    return 100 * (right / (confusion.sum(-1) + confusion.sum(-2) - right)).nanmean(-1)
+        return 100 * (right.sum(1) / confusion.sum((1, 2))).mean()
+    return 100 * (right / (confusion.sum(1) + confusion.sum(2) - right)).nanmean(1).mean()
 
 
 def main(argv=None):
@@ -58,15 +57,15 @@ def main(argv=None):
         parser.add_argument(f"--{name}", nargs=number, required=True)
     args = parser.parse_args(argv)
     args.compile = False
-    where, (_, source, _, ids) = device_and_dtype(args), load_data(args.data, args.task)
-    both = [torch.stack([confusions(file, args.task, source, ids, args.size, *where)
+    where, (_, items, _, ids) = device_and_dtype(args), load_data(args.data, args.task)
+    both = [torch.stack([confusions(file, args.task, items, ids, args.size, *where)
                          for file in files]) for files in (args.one, args.two)]
     # each (seeds, photos, K, K)
-    generator, n, drawn = torch.Generator().manual_seed(0), len(source), []
-    one, two = (score(part.sum(1), args.task).mean() for part in both)
+    one, two = (score(part.sum(1), args.task) for part in both)
+    generator, n, drawn = torch.Generator().manual_seed(0), len(items), []
     for _ in range(1000):
-        times = torch.randint(n, (n,), generator=generator).bincount(minlength=n).view(1, n, 1, 1)
-        first, second = (score((part * times).sum(1), args.task).mean() for part in both)
+        photos = torch.randint(n, (n,), generator=generator).bincount(minlength=n).view(n, 1, 1)
+        first, second = (score((part * photos).sum(1), args.task) for part in both)
         drawn.append(first - second)
     print(f"one {one:.2f}, two {two:.2f}, difference {one - two:+.2f}, "
           f"standard error {torch.stack(drawn).std():.2f}")

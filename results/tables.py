@@ -65,49 +65,48 @@ ROWS = {"teacher": "teacher", "no alignment": "no alignment", "linear-1": "linea
         "linear_conv-1": "linear_conv, stage 1", "linear_conv-2": "linear_conv, stage 2 alone",
         "linear_conv-12": "linear_conv, stages 1 + 2",
         "linear_conv-12-of-500": "the same, from 500 photos"}
-SCORES = {"top-1 224": "top-1, 224 px", "mIoU 224, linear head": "mIoU, 224 px",
-          "mIoU 224, mask head": "mask head", "mIoU 448, linear head": "mIoU, 448 px",
+SCORES = {"cls_cosine": "cls cosine", "patch_cosine": "patch cosine", "top-1 224": "top-1, 224 px",
+          "mIoU 224, linear head": "mIoU, 224 px", "mIoU 224, mask head": "mask head",
+          "mIoU 448, linear head": "mIoU, 448 px",
           "mIoU 448, linear head of 224": "448 px, head of 224",
           "mIoU 672, linear head of 448": "672 px, head of 448"}
 
 
-def retention(rows=ROWS, scores=SCORES, agreement=True):
+def retention(rows=ROWS, columns=SCORES):
     """Scores of frozen backbones; in brackets percent of the teacher's."""
     found = {(line["row"], line["column"]): float(line["mean"]) for line in read("study-h200.csv")}
 
-    def score(row, column):
-        value, best = found.get((row, column)), found[("teacher", column)]
+    def cell(row, column):
+        value, best = found.get((row, column)), found.get(("teacher", column))
         if value is None:
             return "-"
+        if "cosine" in column:
+            return f"{value:.3f}"
         return f"{value:.1f}" + (f" ({100 * value / best:.1f}%)" if row != "teacher" else "")
 
-    cosines = ["cls_cosine", "patch_cosine"] if agreement else []
-    return table(["frozen backbone", *(name.replace("_", " ") for name in cosines),
-                  *scores.values()],
-                 [[rows[row], *(f"{found[row, c]:.3f}" if (row, c) in found else "-"
-                                for c in cosines), *(score(row, c) for c in scores)]
-                  for row in rows])
+    return table(["frozen backbone", *(SCORES[column] for column in columns)],
+                 [[ROWS[row], *(cell(row, column) for column in columns)] for row in rows])
 
 
 def retention_short():
-    rows = "teacher", "no alignment", "linear-12", "linear_conv-12"
-    scores = "top-1 224", "mIoU 224, linear head", "mIoU 448, linear head"
-    return retention({row: ROWS[row] for row in rows}, {c: SCORES[c] for c in scores}, False)
+    return retention(["teacher", "no alignment", "linear-12", "linear_conv-12"],
+                     ["top-1 224", "mIoU 224, linear head", "mIoU 448, linear head"])
 
 
 def efficiency(*dtypes):
     """Images/s of ViT-S/14 at batch 1, and times fused softmax in the same run."""
-    lines = []
+    lines = {}
     for dtype in dtypes or ("float32", "bfloat16"):
-        rows = [row for row in read(f"bench-cpu-model-{dtype}.csv")
-                if row["name"] in ("softmax", "linear", "linear_conv") and row["images_per_s"]]
-        pixels = list(dict.fromkeys(row["pixels"] for row in rows))
-        for name in dict.fromkeys(row["name"] for row in rows):
-            of_name = {row["pixels"]: row for row in rows if row["name"] == name}
-            lines.append([f"{name}, {dtype}", *(
-                f"{float(of_name[p]['images_per_s']):.2f} ({1 / float(of_name[p]['ratio']):.2f}x)"
-                for p in pixels)])
-    return table(["ViT-S/14, batch 1", *(f"{p} px" for p in pixels)], lines)
+        for row in read(f"bench-cpu-model-{dtype}.csv"):
+            if row["name"] != "softmax_reference":
+                lines.setdefault(f"{row['name']}, {dtype}", {})[f"{row['pixels']} px"] = (
+                    f"{float(row['images_per_s']):.2f} ({1 / float(row['ratio']):.2f}x)")
+    return table(["ViT-S/14, batch 1", *next(iter(lines.values()))],
+                 [[name, *cells.values()] for name, cells in lines.items()])
+
+
+def efficiency_short():
+    return efficiency("bfloat16")
 
 
 def scores(name, rows, columns):
@@ -132,39 +131,13 @@ def scores(name, rows, columns):
 
 
 def sizes():
-    """linear_conv, stage 2 at 224 pixels alone and at several sizes; longer; its taps fixed."""
+    """linear_conv at 224 pixels and larger, with its taps fixed, spread, and after more steps."""
     return scores("study-cpu-224.csv", {
         "teacher": "teacher", "linear_conv-fixed": "stage 2 at 224, taps 1 patch apart",
-        "linear_conv": "stage 2 at 224", "linear_conv-long": "the same, 320 steps of stage 2",
-        "linear_conv-sizes": "stage 2 at 224, 336, 448"}, {
+        "linear_conv": "stage 2 at 224", "linear_conv-long": "the same, 320 steps of stage 2"}, {
         "classify 0": "top-1, 224 px", "segment 0": "mIoU, 224 px", "segment-at-2-times 0":
         "448 px, head of 224", "segment-at-3-times-quarter 0": "672 px, head of 224, 121 photos",
         "tune-classify 0": "top-1, tuned"})
-
-
-def spread():
-    """Patch cosine of linear_conv, by the distance of its taps at s times the size it learned at.
-    Not every distance was tried: each column has the nearest one."""
-    lines, rows = read("spread-cpu.csv"), []
-    for learned, size in dict.fromkeys((line["learned_at"], line["size"]) for line in lines
-                                       if line["learned_at"] != line["size"]):
-        tried = {float(line["distance"]): line["patch_cosine"] for line in lines
-                 if (line["learned_at"], line["size"]) == (learned, size)}
-        times = int(size) / int(learned)
-        near = [min(tried, key=lambda d: abs(d - wanted)) for wanted in (1, (1 + times) / 2, times)]
-        rows.append([f"{learned} px", f"{size} px", *(f"{tried[d]} ({d:g})" for d in near)])
-    return table(["learned at", "seen at", "1 patch", "(1 + s) / 2", "s"], rows)
-
-
-def agreement():
-    """CLS cosine, patch cosine and whitened error at each size."""
-    rows = {}
-    for line in read("sizes-cpu.csv"):
-        rows.setdefault(line["student"], []).append(" ".join(
-            f"{float(line[key]):.3f}" for key in ("cls_cosine", "patch_cosine", "whitened_error")))
-    pixels = dict.fromkeys(line["size"] for line in read("sizes-cpu.csv"))
-    return table(["student", *(f"{size} px" for size in pixels)],
-                 [[name, *cells] for name, cells in rows.items()])
 
 
 def tuned(lengths=((160, 0), (640, 0), (160, 160), (640, 320), (640, 640))):
@@ -183,18 +156,6 @@ def tuned_short():
     return tuned(((640, 0), (640, 320), (640, 640)))
 
 
-def larger():
-    """A frozen head of 112 pixels at larger sizes."""
-    return scores("study-cpu-112.csv", {"teacher": "teacher", "linear_conv-640-640":
-                                        "linear_conv, 640 + 640"}, {
-        "segment 0": "mIoU, 112 px", "segment-at-2-times 0": "224 px, head of 112",
-        "segment-at-3-times 0": "336 px, head of 112"})
-
-
-def efficiency_short():
-    return efficiency("bfloat16")
-
-
 def fig5():
     """Stage 1's loss by what it trains."""
     lines = read("fig5-cpu.csv")
@@ -202,8 +163,7 @@ def fig5():
 
 
 PAGES = {"README.md": [demo, retention_short, tuned_short, efficiency_short],
-         "results/README.md": [retention, spread, sizes, agreement, tuned, larger, fig5,
-                               efficiency]}
+         "results/README.md": [retention, sizes, tuned, fig5, efficiency]}
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["collect"]:
