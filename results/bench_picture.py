@@ -7,7 +7,10 @@ import csv
 import math
 import sys
 
-from matplotlib.figure import Figure
+try:
+    from matplotlib.figure import Figure
+except ModuleNotFoundError:
+    sys.exit("bench_picture.py needs matplotlib: pip install matplotlib")
 
 SHOWN = {"attention": ("tokens", "median_ms", "peak_mb"),
          "model": ("pixels", "images_per_s", "peak_mb")}
@@ -35,6 +38,7 @@ def main(target, *tables):
             axis.minorticks_off()
             axis.set_xticks(points, points)
     axis.legend()
+    figure.suptitle("{device}, torch {torch}".format(**rows[0]), fontsize=9)
     figure.savefig(target, dpi=80)
     print(f"wrote {target}")
 

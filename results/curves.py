@@ -7,7 +7,10 @@ import sys
 from pathlib import Path
 from statistics import mean
 
-from matplotlib.figure import Figure
+try:
+    from matplotlib.figure import Figure
+except ModuleNotFoundError:
+    sys.exit("curves.py needs matplotlib: pip install matplotlib")
 
 figure = Figure((8, 4), layout="tight")
 axis = figure.subplots()
