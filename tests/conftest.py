@@ -17,7 +17,6 @@ import pytest
 import torch
 import torch.nn as nn
 from PIL import Image
-from torchvision.transforms import v2
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import align_attention
@@ -25,7 +24,6 @@ import align_features
 import finetune
 from model import ATTENTION, Architecture, Operator, ViT, linear_attention
 from model import load_vit, read_weights, save_vit
-from support.photos import read_image
 from support.runs import InputError
 
 torch.set_num_threads(1)                                # small tensors: more threads only wait
@@ -157,11 +155,6 @@ def report_of(out):
 
 def student_of(out):
     return load_vit(out / "student.safetensors")
-
-
-def middle(path):
-    """A photo as it is scored: its shorter side scaled to SIZE, the middle of the longer one."""
-    return v2.CenterCrop(SIZE)(v2.Resize(SIZE, interpolation=3)(read_image(path, SIZE)))
 
 
 class Mine(Operator):
