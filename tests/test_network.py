@@ -74,12 +74,6 @@ def test_pixels_are_normalised_by_channel():
     assert torch.equal(found.flatten(), torch.tensor([0.9 / 1, 0.8 / 2, 0.7 / 4]).half())
 
 
-def test_a_vit_from_scratch_starts_small_and_its_norms_and_scales_at_one():
-    for name, p in ViT(replace(TINY, layerscale=True)).named_parameters():
-        start = p == (not name.endswith("bias"))
-        assert start.all() if p.ndim == 1 else 0.012 < p.std() < 0.028, name
-
-
 @pytest.mark.parametrize("name", ATTENTION)
 def test_compiled_and_recomputed_vits_have_the_outputs_and_gradients_of_eager(name):
     vit, images, calls = randomise(ViT(replace(TINY, depth=1), name)), seeded(2, 3, 16, 20), []
@@ -166,15 +160,11 @@ def test_tensors_and_facts_are_timms(timm, family, monkeypatch):
         assert cfg.hf_hub_id == f"timm/{name.replace('_quickgelu', '')}"
 
 
-def test_the_listing_has_every_known_vit_also_those_of_the_paper(capsys):
+def test_the_listing_has_every_known_vit(capsys):
     runpy.run_path(model.__file__, run_name="__main__")
     rows = {line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.splitlines()}
     assert list(rows) == ["name", *list(KNOWN)[1:]]
     assert rows["vit_base_patch16_224.dino"] == ["85.8", "16", "224", "apache-2.0"]
-    assert rows["vit_small_patch16_dinov3.lvd1689m"][1:] == ["16", "256", "dinov3-license"]
-    for name in ("14_dinov2.lvd142m", "14_clip_quickgelu_224.openai", "16_siglip_384.webli",
-                 "16_224.augreg_in21k_ft_in1k"):
-        assert f"vit_large_patch{name}" in rows
 
 
 def test_tokens_of_a_real_vit_equal_the_official_ones(shared):
