@@ -60,11 +60,6 @@ def error(found, truth):
     return ((found.double() - truth.double()).norm() / truth.double().norm()).item()
 
 
-def varying(x, v):
-    """x without the mean of V, behind which errors would hide."""
-    return x.double() - v.double().mean(-2, keepdim=True)
-
-
 def randomise(module, seed=0):
     """Every parameter random, biases and norms too: none is forgotten or exchanged unnoticed."""
     generator = torch.Generator().manual_seed(seed)
