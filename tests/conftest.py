@@ -6,7 +6,6 @@ import os
 import shutil
 import sys
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"                     # before torch: forks with a pool hang
@@ -15,19 +14,16 @@ if "ADALA_GPU" not in os.environ:       # all but test_cuda.py test what a CPU r
 import numpy as np
 import pytest
 import torch
-import torch.nn as nn
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import align_attention
 import align_features
 import finetune
-from model import ATTENTION, Architecture, Operator, ViT, linear_attention
-from model import load_vit, read_weights, save_vit
+from model import Architecture, ViT, load_vit, save_vit
 from support.runs import InputError
 
 torch.set_num_threads(1)                                # small tensors: more threads only wait
-sys.modules["matplotlib.figure"] = None                 # curves take longer than the runs here
 
 
 def pytest_collection_modifyitems(items):
@@ -137,38 +133,12 @@ def log_of(out):
     return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
 
 
-def header(path):
-    """What a file of ours says of itself, which must not be where anything lay."""
-    raw = Path(path).read_bytes()
-    assert b"/" not in raw[8:8 + int.from_bytes(raw[:8], "little")]
-    return read_weights(path)[1]
-
-
 def report_of(out):
     return json.loads((out / "report.json").read_text())
 
 
 def student_of(out):
     return load_vit(out / "student.safetensors")
-
-
-class Mine(Operator):
-    """An operator of one's own with its own parameters: linear attention, channels of V scaled."""
-
-    def __init__(self, arch):
-        super().__init__(arch)
-        self.scale = nn.Parameter(torch.ones(arch.width // arch.heads))
-
-    def forward(self, q, k, v, grid):
-        return linear_attention(q, k, v * self.scale)
-
-
-@pytest.fixture
-def mine(monkeypatch):
-    """Operators of one's own: "mine", and "lower", linear attention with a start of its own."""
-    monkeypatch.setitem(ATTENTION, "mine", Mine)
-    lower = partial(Operator, function=linear_attention, bias_shift=-2.5)
-    monkeypatch.setitem(ATTENTION, "lower", lower)
 
 
 @pytest.fixture(scope="session")

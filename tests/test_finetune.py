@@ -17,7 +17,7 @@ from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 import finetune
-from conftest import (ARCH, SIZE, brief, call, header, log_of, moved, random_images, random_vit,
+from conftest import (ARCH, SIZE, brief, call, log_of, moved, random_images, random_vit,
                       refusal, same, seeded)
 from demo import shapes
 from finetune import (HEADS, HEAD_LR, HEAD_RATES, PALETTE, RATE, SCRATCH_RATE, evaluate,
@@ -75,8 +75,7 @@ def tuned(files, tmp_path_factory):
     return {task: out / f"0-{task}.safetensors" for task, out in outs.items()}
 
 
-# --------------------------------------------------------------------------------------------------
-# Training
+# ---- Training
 
 @FREEZE
 @TASKS
@@ -86,11 +85,12 @@ def test_the_files_say_what_was_trained(files, tmp_path, steps, task, freeze):
     classes, ids = CLASSES[task]
     facts = dict(task=task, classes=classes, ids=ids, size=SIZE, frozen=bool(freeze), seed=0,
                  head_kind="linear")
-    assert facts.items() <= row.items() and facts.items() <= header(file).items()
-    assert header(file)["stage"] == "pretrained+finetune" and row["stage"] == "pretrained"
+    written = load_vit(file)
+    assert facts.items() <= row.items() and facts.items() <= written.header.items()
+    assert written.header["stage"] == "pretrained+finetune" and row["stage"] == "pretrained"
     assert row["held_out"] == (5 if task == "segment" else 10) and [*row["per_class"]] == classes
     start = load_vit(files / "teacher.safetensors").state_dict()
-    assert moved(start, load_vit(file).state_dict()) == (set() if freeze else start.keys())
+    assert moved(start, written.state_dict()) == (set() if freeze else start.keys())
     first = [p.detach() for p in steps[0][-1].parameters()]
     assert not any(map(torch.equal, first, head_of(file, task).parameters()))
     assert (tmp_path / "0-segment.png").exists() == (task == "segment")
@@ -178,19 +178,6 @@ def test_a_table_has_a_row_for_each_of_weights_and_they_differ_in_nothing_else(
     assert len(heads) == 4 and not any(moved(heads[0], head) for head in heads)
 
 
-def test_from_scratch_keeps_only_architecture_and_operator(files, chain, tmp_path):
-    file, student = files / "teacher.safetensors", chain / "one/student.safetensors"
-    tune(files, tmp_path, "classify", "--from-scratch", "--weights", f"{file}:hedgehog", student,
-         *FROZEN, "--size", 16)
-    start = load_vit(file)
-    for row, attention in zip(rows_of(tmp_path), ("hedgehog", "linear"), strict=True):
-        vit = load_vit(row["checkpoint"])
-        tensors = vit.state_dict()
-        assert row["stage"] == "scratch" and vit.attention == attention and vit.arch == start.arch
-        assert vit.arch.aligned == 2
-        assert not any(torch.equal(x, tensors[name]) for name, x in start.state_dict().items())
-
-
 def test_weights_are_saved_before_scoring_and_nan_is_null_in_metrics(files, tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
         patch.setattr(finetune, "evaluate", lambda *args, **more: 1 / 0)
@@ -201,8 +188,7 @@ def test_weights_are_saved_before_scoring_and_nan_is_null_in_metrics(files, tmp_
     assert rows_of(tmp_path)[0]["per_class"] == {"0": None, "7": 50.0}
 
 
-# --------------------------------------------------------------------------------------------------
-# Features, losses, scores
+# ---- Features, losses, scores
 
 def test_features_are_cls_and_mean_patch_or_the_grid():
     vit, bare = random_vit().eval(), random_vit(cls=False, cls_position=False).eval()
@@ -304,8 +290,7 @@ def test_ignored_pixels_have_no_gradient(some):
     assert total.item() == pytest.approx(wanted.item(), rel=1e-5)
 
 
-# --------------------------------------------------------------------------------------------------
-# Kept heads, predictions
+# ---- Kept heads, predictions
 
 @FREEZE
 @TASKS

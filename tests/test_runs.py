@@ -251,14 +251,6 @@ def test_a_worker_that_dies_ends_the_run_after_its_state_is_saved(tmp_path, whol
 
 
 # ---- The same run, and another one
-def test_weights_are_recognised_in_any_spelling_but_no_operator_is_a_file(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "linear").mkdir()                       # as after --attention linear --out linear
-    for spec in "{}", "vit={}", "{}:linear", "vit={}:linear", "linear":
-        assert runs.real([spec.format("./a")], [tmp_path / "b", Path("a")]) == [
-            spec.format(tmp_path / "a")]
-
-
 def test_another_run_moves_the_stopped_one_aside_and_names_what_differs(tmp_path):
     photo, out = tmp_path / "photo", tmp_path / "out"
     photo.write_bytes(b"1")
