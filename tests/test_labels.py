@@ -81,12 +81,10 @@ def test_every_layout_gives_its_pairs_and_class_names(tmp_path, capsys, kind):
     assert LAYOUTS["Cityscapes"]["names"][18] == "bicycle"
 
 
-@pytest.mark.parametrize("content, says", (
-    (b"the val\nval 9\n", "val 9"), (b"", "each part"), (b"the val\nthe train\n", "the train.jpg")))
-def test_a_list_that_names_no_photo_or_one_of_training_is_refused(tmp_path, content, says):
+def test_a_list_that_names_no_photo_is_refused(tmp_path):
     lay_out(tmp_path, "VOC")
-    (tmp_path / VOC_LIST.format("val")).write_bytes(content)
-    assert says in refusal(load_data, tmp_path, "segment")
+    (tmp_path / VOC_LIST.format("val")).write_bytes(b"the val\nval 9\n")
+    assert "val 9" in refusal(load_data, tmp_path, "segment")
 
 
 @pytest.mark.parametrize("depth", (1, 2, 4, 8))
@@ -144,16 +142,14 @@ def photos(top, folders):
     return str(top)
 
 
-def test_a_class_in_one_part_only_is_named_and_bad_photos_are_in_one_message(tmp_path, capsys):
+def test_a_class_in_one_part_only_is_named_and_a_bad_photo_refused(tmp_path, capsys):
     data = photos(tmp_path, "train/cat train/owl/a/b val/cat val/dog")
     train, val, classes, ids = load_data(data, "classify")
     assert classes == ["cat", "dog", "owl"] and ids == [0, 1, 2]
     assert [label for _, label in train] == [0, 2] and [label for _, label in val] == [0, 1]
     assert "in train or in val: dog, owl" in capsys.readouterr().out
-    for path, _ in train[1], val[0]:
-        path.write_bytes(b"junk")
-    says = refusal(load_data, data, "classify")
-    assert str(train[1][0]) in says and str(val[0][0]) in says and str(train[0][0]) not in says
+    train[1][0].write_bytes(b"junk")
+    assert str(train[1][0]) in refusal(load_data, data, "classify")
 
 
 @pytest.mark.parametrize("folders", (

@@ -103,9 +103,7 @@ def test_links_and_pictures_exist():
             assert (ROOT / name).parent.joinpath(target).exists(), f"{name} -> {target}"
 
 
-def test_packages_are_few_no_line_is_wide_and_shell_scripts_are_whole():
-    packages = re.findall(r"^\w+", (ROOT / "requirements.txt").read_text(), re.M)
-    assert packages == ["torch", "torchvision", "safetensors", "tqdm", "pytest"]
+def test_no_line_is_wide_and_shell_scripts_are_whole():
     for path in [*ROOT.glob("*.py"), *ROOT.glob("*/*.py"), *ROOT.glob("results/*.sh")]:
         assert max(map(len, path.read_text().splitlines())) <= 100, path.name
         if path.suffix == ".sh":
