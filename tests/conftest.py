@@ -31,10 +31,6 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: "test_runs.py" not in item.nodeid)
 
 
-def pytest_configure(config):
-    config.option.reportchars += "s"                    # say at the end why tests were skipped
-
-
 @pytest.fixture(scope="session")
 def shared():
     """A folder, no part of the project: a real ViT, the official modules' outputs on it, photos."""
