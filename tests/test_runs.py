@@ -50,7 +50,7 @@ def main(argv=None):
     device, _ = runs.device_and_dtype(args)
     torch.manual_seed(args.seed)
     net = nn.Linear(3, 1).double()
-    optimizer = torch.optim.AdamW(net.parameters(), args.lr)
+    optimizer = torch.optim.SGD(net.parameters(), args.lr, 0.9)     # Adam takes a sum for a mean
     schedule = runs.warmup_cosine(optimizer, args.steps)
     out, saved = runs.open_out(args, args.data or [])
     progress = Progress(args, out, saved, saved["kept"] if saved else dict(rows=[]), net=net,
