@@ -6,7 +6,6 @@ import os
 import shutil
 import sys
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"                     # before torch: forks with a pool hang
@@ -15,30 +14,21 @@ if "ADALA_GPU" not in os.environ:       # all but test_cuda.py test what a CPU r
 import numpy as np
 import pytest
 import torch
-import torch.nn as nn
 from PIL import Image
-from torchvision.transforms import v2
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import align_attention
 import align_features
 import finetune
-from model import ATTENTION, Architecture, Operator, ViT, linear_attention
-from model import load_vit, read_weights, save_vit
-from support.photos import read_image
+from model import Architecture, ViT, load_vit, save_vit
 from support.runs import InputError
 
 torch.set_num_threads(1)                                # small tensors: more threads only wait
-sys.modules["matplotlib.figure"] = None                 # curves take longer than the runs here
 
 
 def pytest_collection_modifyitems(items):
     """Runs first: they fork, and a fork hangs once other tests have left threads behind."""
     items.sort(key=lambda item: "test_runs.py" not in item.nodeid)
-
-
-def pytest_configure(config):
-    config.option.reportchars += "s"                    # say at the end why tests were skipped
 
 
 @pytest.fixture(scope="session")
@@ -60,11 +50,6 @@ def seeded(*shape, seed=0, dtype=torch.float32):
 def error(found, truth):
     """Relative RMS error."""
     return ((found.double() - truth.double()).norm() / truth.double().norm()).item()
-
-
-def varying(x, v):
-    """x without the mean of V, behind which errors would hide."""
-    return x.double() - v.double().mean(-2, keepdim=True)
 
 
 def randomise(module, seed=0):
@@ -144,43 +129,12 @@ def log_of(out):
     return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
 
 
-def header(path):
-    """What a file of ours says of itself, which must not be where anything lay."""
-    raw = Path(path).read_bytes()
-    assert b"/" not in raw[8:8 + int.from_bytes(raw[:8], "little")]
-    return read_weights(path)[1]
-
-
 def report_of(out):
     return json.loads((out / "report.json").read_text())
 
 
 def student_of(out):
     return load_vit(out / "student.safetensors")
-
-
-def middle(path):
-    """A photo as it is scored: its shorter side scaled to SIZE, the middle of the longer one."""
-    return v2.CenterCrop(SIZE)(v2.Resize(SIZE, interpolation=3)(read_image(path, SIZE)))
-
-
-class Mine(Operator):
-    """An operator of one's own with its own parameters: linear attention, channels of V scaled."""
-
-    def __init__(self, arch):
-        super().__init__(arch)
-        self.scale = nn.Parameter(torch.ones(arch.width // arch.heads))
-
-    def forward(self, q, k, v, grid):
-        return linear_attention(q, k, v * self.scale)
-
-
-@pytest.fixture
-def mine(monkeypatch):
-    """Operators of one's own: "mine", and "lower", linear attention with a start of its own."""
-    monkeypatch.setitem(ATTENTION, "mine", Mine)
-    lower = partial(Operator, function=linear_attention, bias_shift=-2.5)
-    monkeypatch.setitem(ATTENTION, "lower", lower)
 
 
 @pytest.fixture(scope="session")

@@ -1,8 +1,6 @@
 """bench.py counts, measures and marks what it says: FLOPs, bytes, turns, no silent gaps."""
 import csv
 import itertools
-import runpy
-import sys
 from functools import partial
 from unittest.mock import Mock
 
@@ -11,7 +9,7 @@ import torch
 
 import bench
 import model
-from model import Architecture, InputError
+from model import Architecture
 
 TINY = Architecture(128, 2, 2, 256, patch=14, grid=(2, 2), layerscale=True, position="dinov2")
 CPU = ("cpu", torch.float32)
@@ -43,13 +41,6 @@ def table(out, part, *words):
     bench.main([part, "--dtype", "float32", *words, "--out", str(out)])
     path, = out.glob("*.csv")
     return read(path)
-
-
-def test_inputs_have_the_network_s_strides():
-    attention = model.Attention(Architecture(3 * bench.HEAD_DIM, 1, 3, 8, 14, (2, 2)), "linear")
-    real = attention.project(torch.randn(2, 128, 3 * bench.HEAD_DIM))
-    for ours, theirs in zip(bench.projected(2, 3, 128, *CPU), real):
-        assert ours.shape == theirs.shape and ours.stride() == theirs.stride()
 
 
 def flops(name, tokens):
@@ -85,24 +76,6 @@ def test_calls_take_turns_and_medians_are_of_them(monkeypatch):
     assert order == [a, a, b, b] * 6                    # warm-up and first, then untimed and timed
     assert rows[a] == dict(status="ok", peak_mb=7, median_ms=3, low_ms=2, high_ms=4, repeats=5)
     assert rows[b]["median_ms"] == rows[b]["low_ms"] == rows[b]["high_ms"] == 10
-
-
-def test_a_slow_call_is_the_last_of_its_curve_which_ends_alone(monkeypatch):
-    slow, fast, ended = ("slow", "eager"), ("fast", "eager"), {}
-    monkeypatch.setattr(bench, "SLOW", 0.01)
-    calls = {slow: lambda: bench.time.sleep(0.03), fast: lambda: None}
-    first, second = (bench.measure(calls, ended, "cpu", seconds=0.01) for _ in range(2))
-    assert first[slow]["status"] == "ok" and first[slow]["repeats"] == 1
-    assert second[slow] == {"status": ended[slow]} and "ended" in ended[slow]
-    assert second[fast]["status"] == "ok" and second[fast]["repeats"] >= 5
-
-
-def test_a_point_whose_maps_do_not_fit_is_skipped_and_marked(monkeypatch):
-    monkeypatch.setattr(bench, "linux", lambda *_: 4000)                # 4 MB are free
-    calls = {(name, "eager"): lambda: None for name in ("softmax_reference", "linear")}
-    written, linear = bench.measure(calls, {}, "cpu", 0, maps=3_000_000).values()
-    assert written.keys() == {"status"} and written["status"].startswith("skipped: maps of")
-    assert linear["status"] == "ok"
 
 
 @pytest.mark.parametrize("error", (torch.OutOfMemoryError("CUDA out of memory"),
@@ -161,20 +134,15 @@ def test_part_model(tmp_path):
 @pytest.mark.parametrize("words", (("attention", "--points", "64"), ("model", "--points", "28")))
 def test_modes_stand_in_one_table_with_ratios_in_the_same_mode(words, tmp_path, monkeypatch):
     """Compiled with a backend that needs no compiler."""
-    compiled, real = [], torch.nn.Module.compile
-
-    def once(module, **more):
-        compiled.extend(getattr(part, "function", None) for part in module.modules())
-        real(module, backend="aot_eager", **more)
-
+    real = torch.nn.Module.compile
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
-    monkeypatch.setattr(torch.nn.Module, "compile", once)
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **more: (
+        real(module, backend="aot_eager", **more)))
     rows = table(tmp_path, *words, "--quick", "--mode", "eager", "compiled")
     of = {mode: {row["name"] for row in rows if row["mode"] == mode} for mode in bench.MODES}
-    assert of["eager"] - of["compiled"] == {"softmax_reference"} and "linear" in of["compiled"]
+    assert of["eager"] - of["compiled"] == {"softmax_reference"}   # it would become "softmax"
+    assert "linear" in of["compiled"]
     consistent(rows)
-    assert model.softmax_reference not in compiled      # it would become the fused kernel
-    assert model.linear_attention in compiled
 
 
 def test_what_was_measured_survives_an_interruption(tmp_path, monkeypatch):
@@ -193,34 +161,11 @@ def test_what_was_measured_survives_an_interruption(tmp_path, monkeypatch):
     assert {row["tokens"] for row in read(path)} == {64} and str(path) in bench.Stopped.left
 
 
-def test_nothing_is_ever_replaced_and_the_picture(tmp_path, monkeypatch):
+def test_nothing_is_ever_replaced(tmp_path):
     (tmp_path / "bench-cpu-model-float32-quick-1.csv").write_bytes(b"mine")
     for _ in range(2):
-        bench.main(["model", "--dtype", "float32", "--quick", "--points", "28", "42", "--operators",
-                    "softmax", "linear", "--out", str(tmp_path)])
+        bench.main(["model", "--dtype", "float32", "--quick", "--points", "28", "--operators",
+                    "softmax", "--out", str(tmp_path)])
     tables = [tmp_path / f"bench-cpu-model-float32-quick{tail}.csv" for tail in ("", "-2")]
     assert all(map(read, tables)) and len(list(tmp_path.iterdir())) == 3
     assert (tmp_path / "bench-cpu-model-float32-quick-1.csv").read_bytes() == b"mine"
-    monkeypatch.delitem(sys.modules, "matplotlib.figure", raising=False)
-    pytest.importorskip("matplotlib", reason="results/bench_picture.py needs matplotlib")
-    script = runpy.run_path(str(bench.Path(bench.__file__).parent / "results/bench_picture.py"))
-    script["main"](tmp_path / "a.png", *tables)
-    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
-
-
-@pytest.mark.parametrize("words, says", (
-    (("attention", "--points", "0"), "--points"), (("model", "--batch-size", "-1"), "--batch-size"),
-    (("attention", "--heads", "0"), "--heads")))
-def test_bad_flags_are_refused(words, says, tmp_path):
-    with pytest.raises(InputError, match=says):
-        table(tmp_path, *words)
-    assert not list(tmp_path.iterdir())
-
-
-def test_the_output_is_made_before_anything_is_measured(tmp_path, monkeypatch):
-    monkeypatch.setattr(bench, "measure", Mock(side_effect=ZeroDivisionError))
-    with pytest.raises(ZeroDivisionError):
-        table(tmp_path, "attention", *FAST, "64")
-    path, = tmp_path.glob("*.csv")
-    with pytest.raises(OSError, match="csv/below"):     # which bench.run() says in one line
-        table(path / "below", "attention", *FAST, "64")

@@ -6,7 +6,6 @@ import csv
 import json
 import math
 import os
-import signal
 
 import pytest
 import torch
@@ -16,11 +15,8 @@ import align_features
 import bench
 import finetune
 import model
-from conftest import BRIEF, brief, call, error, log_of, moved, randomise, report_of, seeded
-from conftest import student_of
-from model import ATTENTION, Architecture, ViT, linear_plain, linear_reference, linearize
-from model import linear_triton
-from support.runs import Progress, Stopped
+from conftest import BRIEF, brief, call, error, log_of, randomise, report_of, seeded
+from model import ATTENTION, Architecture, linear_plain, linear_reference, linear_triton
 
 pytestmark = pytest.mark.skipif("ADALA_GPU" not in os.environ, reason="needs a GPU: ADALA_GPU=1")
 ONE_HEAD = Architecture(64, 1, 1, 64, patch=4, grid=(32, 32), registers=1, aligned=12)
@@ -99,36 +95,6 @@ def test_stages_run_by_default_and_end_where_the_cpu_ends(files, tmp_path, name)
         row, = json.loads((tmp_path / task / "metrics.json").read_text())
         assert 0 <= row["score"] <= 100
         assert all(math.isfinite(row.get("loss", 0)) for row in log_of(tmp_path / task))
-
-
-def test_float16_scales_its_losses(files, tmp_path):
-    """The scaler's first steps may overflow; afterwards all that is trained moves."""
-    teacher = model.load_vit(files / "teacher.safetensors")
-    for stage, trained in ((align_attention, "attn"), (align_features, "")):
-        out = tmp_path / stage.__name__
-        brief(stage, files, out, "--dtype", "float16", "--steps", 20)
-        changed = moved(linearize(teacher, "linear").state_dict(), student_of(out).state_dict())
-        assert {name for name in changed if trained in name} >= {
-            f"blocks.{i}.attn.{part}.weight" for i in range(2) for part in ("qkv", "proj")}
-
-
-def test_a_stopped_run_goes_on(files, tmp_path, monkeypatch):
-    """Stage 2, stopped after step 2 of 4: all of the state, on the GPU, is taken up again."""
-    run, done = ("--steps", 4, "--no-compile", "--dtype", "float32"), Progress.done
-    brief(align_features, files, tmp_path / "whole", *run)
-
-    def stopping(progress, *args, **row):
-        done(progress, *args, **row)
-        if progress.step == 2:
-            patch.setattr(Progress, "signal", signal.SIGTERM)
-
-    with monkeypatch.context() as patch, pytest.raises(Stopped):
-        patch.setattr(Progress, "done", stopping)
-        brief(align_features, files, tmp_path / "stopped", *run)
-    assert "goes on from step" in brief(align_features, files, tmp_path / "stopped", *run)
-    one, other = (student_of(tmp_path / end).state_dict() for end in ("whole", "stopped"))
-    for name in one:
-        assert error(other[name], one[name]) <= 1e-5, name
 
 
 @pytest.mark.parametrize("part", bench.PARTS)

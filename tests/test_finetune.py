@@ -17,11 +17,11 @@ from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 import finetune
-from conftest import (ARCH, SIZE, brief, call, header, log_of, moved, random_images, random_vit,
+from conftest import (ARCH, SIZE, brief, call, log_of, moved, random_images, random_vit,
                       refusal, same, seeded)
 from demo import shapes
-from finetune import (HEADS, HEAD_LR, HEAD_RATES, PALETTE, RATE, SCRATCH_RATE, evaluate,
-                      features_of, make_head, standardised, task_loss, upsampled_classes)
+from finetune import (HEADS, PALETTE, evaluate, features_of, make_head, standardised, task_loss,
+                      upsampled_classes)
 from model import load_vit, read_weights
 from support.labels import IGNORE
 
@@ -75,8 +75,7 @@ def tuned(files, tmp_path_factory):
     return {task: out / f"0-{task}.safetensors" for task, out in outs.items()}
 
 
-# --------------------------------------------------------------------------------------------------
-# Training
+# ---- Training
 
 @FREEZE
 @TASKS
@@ -86,33 +85,25 @@ def test_the_files_say_what_was_trained(files, tmp_path, steps, task, freeze):
     classes, ids = CLASSES[task]
     facts = dict(task=task, classes=classes, ids=ids, size=SIZE, frozen=bool(freeze), seed=0,
                  head_kind="linear")
-    assert facts.items() <= row.items() and facts.items() <= header(file).items()
-    assert header(file)["stage"] == "pretrained+finetune" and row["stage"] == "pretrained"
+    written = load_vit(file)
+    assert facts.items() <= row.items() and facts.items() <= written.header.items()
+    assert written.header["stage"] == "pretrained+finetune" and row["stage"] == "pretrained"
     assert row["held_out"] == (5 if task == "segment" else 10) and [*row["per_class"]] == classes
     start = load_vit(files / "teacher.safetensors").state_dict()
-    assert moved(start, load_vit(file).state_dict()) == (set() if freeze else start.keys())
+    assert moved(start, written.state_dict()) == (set() if freeze else start.keys())
     first = [p.detach() for p in steps[0][-1].parameters()]
     assert not any(map(torch.equal, first, head_of(file, task).parameters()))
     assert (tmp_path / "0-segment.png").exists() == (task == "segment")
 
 
-@pytest.mark.parametrize("flags, wanted", (
-    (["--task", "classify"], dict(head=[HEAD_RATES["classify"]], all=[HEAD_LR * RATE, RATE])),
-    (["--lr", 1e-3], dict(head=[HEAD_RATES["classify"]], all=[HEAD_LR * 1e-3, 1e-3])),
-    (["--freeze", "--lr", 0.5], dict(head=[0.5])),
-    (["--from-scratch"], dict(all=[SCRATCH_RATE, SCRATCH_RATE])),
-    (["--task", "segment", "--freeze", "--head", "mask"], dict(head=[HEAD_RATES["mask"]]))))
-def test_the_head_learns_first_and_then_all_each_at_its_peak_rate(files, tmp_path, steps,
-                                                                  monkeypatch, flags, wanted):
-    """--lr is of the last phase's backbone. The first step of all is on the weights as given."""
-    peaks, real = [], torch.optim.AdamW
-    monkeypatch.setattr(torch.optim, "AdamW", lambda groups, **more: (
-        peaks.append([group["lr"] for group in groups]), real(groups, **more))[1])
-    tune(files, tmp_path, "segment" if "segment" in flags else "classify", *flags)
-    assert peaks == [pytest.approx(rates) for rates in wanted.values()]
-    phases = [phase for phase in wanted for _ in range(3)]
-    assert [phase for phase, *_ in steps] == phases
-    assert [row["phase"] for row in log_of(tmp_path) if "loss" in row] == phases
+@pytest.mark.parametrize("flags, phases", (
+    ([], ["head", "all"]), (["--freeze"], ["head"]), (["--from-scratch"], ["all"])))
+def test_the_head_learns_first_and_then_all(files, tmp_path, steps, flags, phases):
+    """The first step of all is on the weights as given, but for --from-scratch."""
+    tune(files, tmp_path, "classify", *flags)
+    wanted = [phase for phase in phases for _ in range(3)]
+    assert [phase for phase, *_ in steps] == wanted
+    assert [row["phase"] for row in log_of(tmp_path) if "loss" in row] == wanted
     start = load_vit(files / "teacher.safetensors")
     first = next((vit for phase, vit, _ in steps if phase == "all"), start)
     assert same(first, start) == ("--from-scratch" not in flags)
@@ -127,16 +118,6 @@ def test_a_standardised_head_reads_mean_0_and_variance_1_and_folds_exactly():
     torch.testing.assert_close(read.var(0), torch.ones(8).double(), atol=0.04, rtol=0)
     finetune.fold(*both)
     torch.testing.assert_close(head(features), logits)
-
-
-def test_each_epoch_of_features_is_another_permutation(files, tmp_path, monkeypatch):
-    seen = []
-    monkeypatch.setattr(finetune, "task_loss", lambda vit, head, inputs, *more: (
-        seen.append(inputs), task_loss(vit, head, inputs, *more))[1])
-    tune(files, tmp_path, "classify", "--freeze", "--steps", 1)
-    first, second, *_ = seen[0].split(16)               # of 16 photos
-    assert len(first.unique(dim=0)) == 16 and not torch.equal(first, second)
-    assert torch.equal(first.unique(dim=0), second.unique(dim=0))
 
 
 @FREEZE
@@ -172,7 +153,7 @@ def test_a_table_has_a_row_for_each_of_weights_and_they_differ_in_nothing_else(
     """In order. The same photos, and the same head to start from: equal weights give equal bits."""
     file = str(files / "teacher.safetensors")
     weights = [file, f"{file}:hedgehog", str(chain / "two/student.safetensors"), file]
-    printed, rows = tune(files, tmp_path, "classify", *freeze, "--weights", *weights), []
+    tune(files, tmp_path, "classify", *freeze, "--weights", *weights)
     stages = ["pretrained", "none", "attention+features", "pretrained"]
     for row, spec, stage in zip(rows_of(tmp_path), weights, stages, strict=True):
         vit, source = load_vit(row["checkpoint"]), load_vit(spec.removesuffix(":hedgehog"))
@@ -181,29 +162,11 @@ def test_a_table_has_a_row_for_each_of_weights_and_they_differ_in_nothing_else(
         if freeze:                      # FILE:OPERATOR is swapped, and nothing else
             vit, source = vit.state_dict(), source.state_dict()
             assert not moved({name: vit[name] for name in source}, source)
-        rows.append([f"{row['score']:.2f}", row["attention"], stage, spec])
-    assert [line.split() for line in printed.splitlines()[-5:-1]] == rows
-    assert [row[1] for row in rows] == ["softmax", "hedgehog", "linear", "softmax"]
     first, other, _, last = (read_weights(tmp_path / f"{i}-classify.safetensors")[0]
                              for i in range(4))
     assert not moved(first, last) and moved({name: other[name] for name in first}, first)
     heads = [head[-1].state_dict() for phase, _, head in steps[::3] if phase == "head"]
     assert len(heads) == 4 and not any(moved(heads[0], head) for head in heads)
-    tune(files, tmp_path / "seed", "classify", *freeze, "--seed", 1)
-    assert "head.weight" in moved(first, read_weights(tmp_path / "seed/0-classify.safetensors")[0])
-
-
-def test_from_scratch_keeps_only_architecture_and_operator(files, chain, tmp_path):
-    file, student = files / "teacher.safetensors", chain / "one/student.safetensors"
-    tune(files, tmp_path, "classify", "--from-scratch", "--weights", f"{file}:hedgehog", student,
-         *FROZEN, "--size", 16)
-    start = load_vit(file)
-    for row, attention in zip(rows_of(tmp_path), ("hedgehog", "linear"), strict=True):
-        vit = load_vit(row["checkpoint"])
-        tensors = vit.state_dict()
-        assert row["stage"] == "scratch" and vit.attention == attention and vit.arch == start.arch
-        assert vit.arch.aligned == 2
-        assert not any(torch.equal(x, tensors[name]) for name, x in start.state_dict().items())
 
 
 def test_weights_are_saved_before_scoring_and_nan_is_null_in_metrics(files, tmp_path, monkeypatch):
@@ -216,8 +179,7 @@ def test_weights_are_saved_before_scoring_and_nan_is_null_in_metrics(files, tmp_
     assert rows_of(tmp_path)[0]["per_class"] == {"0": None, "7": 50.0}
 
 
-# --------------------------------------------------------------------------------------------------
-# Features, losses, scores
+# ---- Features, losses, scores
 
 def test_features_are_cls_and_mean_patch_or_the_grid():
     vit, bare = random_vit().eval(), random_vit(cls=False, cls_position=False).eval()
@@ -227,8 +189,6 @@ def test_features_are_cls_and_mean_patch_or_the_grid():
     torch.testing.assert_close(both, torch.cat([tokens[:, 0], tokens[:, 2:].mean(1)], 1))
     assert torch.equal(grid, tokens[:, 2:].view(3, 4, 4, ARCH.width))
     torch.testing.assert_close(features_of(bare, images, "classify"), patches)
-    assert make_head(ARCH, "classify", 5)(both).shape == (3, 5)
-    assert make_head(bare.arch, "classify", 5)(patches).shape == (3, 5)
 
 
 @pytest.mark.parametrize("kind", HEADS)
@@ -241,10 +201,9 @@ def test_a_head_to_segment_gives_logits_of_each_patch_and_learns_with_all_it_has
     assert all(p.grad is not None and p.grad.any() for p in head.parameters())
 
 
-def test_a_mask_head_costs_as_its_backbone_does_and_its_tokens_bypass_the_grid(monkeypatch):
-    """Twice the patches are twice the FLOPs; with softmax they are more. What the first block's
-    convolution reads does not depend on the tokens of classes."""
-    flops, seen = {}, []
+def test_a_mask_head_costs_as_its_backbone_does():
+    """Twice the patches are twice the FLOPs; with softmax they are more."""
+    flops = {}
     for attention, rows in itertools.product(("linear_conv", "softmax_reference"), (8, 16)):
         head = make_head(ARCH, "segment", 3, "mask", attention)
         with FlopCounterMode(display=False) as counter:
@@ -252,13 +211,6 @@ def test_a_mask_head_costs_as_its_backbone_does_and_its_tokens_bypass_the_grid(m
         flops.setdefault(attention, []).append(counter.get_total_flops())
     more = [large / small for small, large in flops.values()]
     assert more[0] < 2.02 < more[1]
-    head = make_head(ARCH, "segment", 3, "mask", "linear_conv")
-    operator = head.blocks[0].attn.operator
-    monkeypatch.setattr(operator, "spread", lambda x, step, share: seen.append(x) or x)
-    for scale in (1, -2):
-        head.tokens.data *= scale
-        head(seeded(2, 3, 5, ARCH.width))
-    assert seen[0].shape == (2, ARCH.width, 3, 5) and torch.equal(*seen)
 
 
 def test_a_mask_head_starts_from_whitened_features(files, tmp_path, monkeypatch):
@@ -329,8 +281,7 @@ def test_ignored_pixels_have_no_gradient(some):
     assert total.item() == pytest.approx(wanted.item(), rel=1e-5)
 
 
-# --------------------------------------------------------------------------------------------------
-# Kept heads, predictions
+# ---- Kept heads, predictions
 
 @FREEZE
 @TASKS
@@ -343,14 +294,9 @@ def test_steps_0_scores_a_kept_head(files, tuned, tmp_path, task, freeze):
     assert not moved(*(read_weights(one["checkpoint"])[0] for one in (row, again)))
 
 
-@pytest.mark.parametrize("task, flags", (
-    ("classify", ["CLASSIFY", "TEACHER"]), ("segment", ["SEGMENT", "--head", "mask"]),
-    ("segment", ["SEGMENT", "--ignore", "-1"])))
-def test_steps_0_without_a_head_for_these_classes_is_refused(files, tuned, tmp_path, task, flags):
-    paths = dict(TEACHER=files / "teacher.safetensors", CLASSIFY=tuned["classify"],
-                 SEGMENT=tuned["segment"])
-    flags = [paths.get(flag, flag) for flag in flags]
-    said = refusal(tune, files, tmp_path / "out", task, "--steps", 0, "--weights", *flags)
+def test_steps_0_without_a_head_for_these_classes_is_refused(files, tuned, tmp_path):
+    weights = "--weights", tuned["segment"], files / "teacher.safetensors"
+    said = refusal(tune, files, tmp_path / "out", "segment", "--steps", 0, *weights)
     assert "--steps 0" in said and not (tmp_path / "out").exists()
 
 
@@ -359,8 +305,6 @@ def test_a_kept_head_is_trained_on_with_the_backbone(files, tuned, tmp_path, ste
     said = tune(files, tmp_path, "classify", "--weights", file, f"{file}:linear", *FROZEN)
     assert said.count("is kept") == 2 and {phase for phase, *_ in steps} == {"all"}
     assert same(head_of(file, "classify"), head_of(tmp_path / file.name, "classify"))
-    said = tune(files, tmp_path / "new", "classify", "--weights", file, "--from-scratch")
-    assert "head is" not in said and not rows_of(tmp_path / "new")[0]["kept_head"]
 
 
 @FREEZE
@@ -378,8 +322,6 @@ def test_kind_of_head_and_size_are_remembered(files, tmp_path, freeze):
     call(finetune, "--weights", file, "--predict", files / "segment/val/images", "--out",
          tmp_path / "predicted")
     assert len(list((tmp_path / "predicted/masks").iterdir())) == 5
-    said = refusal(call, finetune, *again, f"{file}:linear_conv", "--out", tmp_path / "three")
-    assert f"{file} has no whole task head for this attention" in said and "conv.weight" in said
 
 
 def test_predict_labels_as_evaluate_does(files, tuned, tmp_path):
@@ -396,23 +338,18 @@ def test_predict_labels_as_evaluate_does(files, tuned, tmp_path):
     assert not (tmp_path / "none").exists()             # nothing to write but the lines
 
 
-@TASKS
-def test_predict_names_what_it_cannot_do_and_does_the_rest(files, tuned, tmp_path, capfd, task):
+def test_predict_names_what_it_cannot_do_and_does_the_rest(files, tuned, tmp_path, capfd):
     """A broken photo of a folder is no error; one that was named is, at the end."""
-    folder, good = tmp_path / "photos", files / "classify/val/red/0.jpg"
-    folder.mkdir()
-    bad, long = ["a.jpg"], "c" * 251 + ".jpg"           # no file name has room for long.png
-    bad += [long] if task == "segment" else []
-    for name in ("a.jpg", long, "z.jpg"):
-        (folder / name).write_bytes(b"no photo" if name == "a.jpg" else good.read_bytes())
-    words = [str(word) for word in ("--weights", tuned[task], "--out", tmp_path / "out")]
-    finetune.main([*words, "--predict", str(folder)])
+    bad, good = tmp_path / "photos/a.jpg", tmp_path / "photos/z.jpg"
+    bad.parent.mkdir()
+    bad.write_bytes(b"no photo")
+    good.write_bytes((files / "classify/val/red/0.jpg").read_bytes())
+    words = ["--weights", str(tuned["classify"]), "--predict"]
+    finetune.main([*words, str(bad.parent)])
     out, err = capfd.readouterr()
-    assert err.count("left out") == len(bad) and all(name in err for name in bad)
-    assert sum("\t" in line for line in out.splitlines()) == 3 - len(bad)
-    said = refusal(finetune.main, [*words, "--predict", str(folder / "a.jpg"), str(good)])
-    assert "not done" in said and "a.jpg" in said
-    assert sum("\t" in line for line in capfd.readouterr().out.splitlines()) == 1
+    assert f"left out: {bad}" in err and f"{good}\t" in out
+    said = refusal(finetune.main, [*words, str(bad), str(good)])
+    assert f"not done: {bad}" in said and f"{good}\t" in capfd.readouterr().out
 
 
 def test_predict_writes_the_masks_that_are_scored_in_their_colours(tuned, tmp_path):
@@ -420,7 +357,8 @@ def test_predict_writes_the_masks_that_are_scored_in_their_colours(tuned, tmp_pa
     shapes, guess, truth = [(40, 48), (48, 40), (20, 200), (5, 7), (1, 1)], [], []
     for part, (i, (rows, columns)) in itertools.product(("train", "val"), enumerate(shapes)):
         mask, exif = np.zeros((rows, columns), dtype=np.uint8), Image.Exif()
-        mask[rows // 4:3 * rows // 4, columns // 4:] = 7
+        left = columns // (4 if part == "val" else 2)   # else their scores were equal
+        mask[rows // 4:3 * rows // 4, left:] = 7
         mask[:1, :columns // 8] = 255
         exif[0x0112] = 6                                # the photo is stored on its side
         raw = Image.fromarray(np.ascontiguousarray(np.rot90(mask * 30))).convert("RGB")
@@ -445,12 +383,3 @@ def test_predict_writes_the_masks_that_are_scored_in_their_colours(tuned, tmp_pa
         iou.append(both / sum(id in pair for pair in pairs))
     score = rows_of(tmp_path / "scored")[0]["score"]
     assert score == pytest.approx(50 * sum(iou), abs=0.01) and min(iou) > 0
-
-
-@pytest.mark.parametrize("flag", (
-    ["--data", "x"], ["--task", "segment"], ["--freeze"], ["--from-scratch"], ["--head", "mask"],
-    ["--ignore", "3"], ["--lr", "1"]))
-def test_flags_that_predict_has_no_use_for_are_refused(flag):
-    assert flag[0] in refusal(finetune.parse, ["--weights", "x", "--predict", "p", *flag])
-
-

@@ -2,8 +2,6 @@
 import os
 import pickle
 import shutil
-import sys
-import tarfile
 from argparse import Namespace
 
 import numpy as np
@@ -62,40 +60,33 @@ def test_the_first_frame_counts_and_what_is_damaged_is_named(tmp_path, kind):
         assert "x.jpg" in refusal(read_image, path) and refusal(read_image, path, 4)
 
 
-def test_16_bits_floats_a_large_colour_profile_and_too_many_pixels_are_refused(tmp_path,
-                                                                                monkeypatch):
-    deep = noise(20, 24).astype(np.uint16) * 256 + 99
-    cases = ((png(tmp_path / "grey.png", deep, 16), "8 bits a channel"),
-             (put(tmp_path / "int.tif", deep.astype(np.int32)), "8 bits a channel"),
-             (put(tmp_path / "float.tif", deep.astype(np.float32)), "8 bits a channel"),
-             (put(tmp_path / "profile.png", icc_profile=bytes(2 ** 21)), "too large"),
-             (put(tmp_path / "large.png", noise(20, 25, 3)), "limit"))
+def test_16_bits_floats_and_too_many_pixels_are_refused(tmp_path, monkeypatch):
+    deep = noise(20, 24).astype(np.uint16)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 499)     # at up to twice that Pillow only warns
-    for file, why in cases:
-        assert file.name in (says := refusal(read_image, file)) and why in says
+    for file in (png(tmp_path / "grey.png", deep, 16),
+                 put(tmp_path / "float.tif", deep.astype(np.float32)),
+                 put(tmp_path / "large.png", noise(20, 25, 3))):
+        assert f"{file.name} is not a readable image" in refusal(read_image, file)
 
 
 # ---- List
 
 def test_what_is_listed_and_what_is_left_out_are_said(tmp_path, capsys):
     top, away = tmp_path / "top", put(tmp_path / "away/e.jpg").parent
-    kept = ["a b.jpg", "b.JPG", "deep/er/日本.png", "p.webp", "two\nlines.tif", "%s.bmp"]
+    kept = ["a b.jpg", "b.JPG", "deep/er/日本.png", "p.webp"]
     out = ["._a.jpg", ".ipynb/d.jpg", "masks/a.png", "run/f.jpg"]
     for name in (*kept, *out, "z.txt", "README", ".DS_Store"):
         put(top / name, format="PNG")
     (top / "run/run.json").touch()
     (top / "link").symlink_to(away)
-    (top / "gone.jpg").symlink_to("/nowhere")
     (top / "deep/up").symlink_to(top)                   # one circle: without end, not without time
     found = find_images(top)
-    assert found == sorted(str(top / name) for name in (*kept, "link/e.jpg", "gone.jpg"))
-    found, left_out = capsys.readouterr().out.split("; left out 5: ")
-    assert "4 .jpg" in found and "1 .webp" in found and ".txt" not in found
+    assert found == sorted(str(top / name) for name in (*kept, "link/e.jpg"))
+    _, left_out = capsys.readouterr().out.split("; left out 5: ")
     assert left_out == ", ".join(f"{top / name}" for name in (
         "._a.jpg", ".ipynb", "deep/up", "masks", "run")) + "\n"
     assert len(find_images(top / "masks")) == 1         # what is given itself is read
     assert "no image" in refusal(find_images, put(tmp_path / "empty/a.txt", format="PNG").parent)
-    assert "No such file" in refusal(find_images, tmp_path / "nowhere")
 
 
 def test_val_or_every_tenth_photo_is_held_out(tmp_path, monkeypatch):
@@ -118,13 +109,6 @@ def test_a_photo_in_both_parts_is_refused(tmp_path):
     (tmp_path / "val/d.jpg").unlink()
     assert "a.jpg" in refusal(unlabelled, [tmp_path, tmp_path / "train"])       # holds out a.jpg
     assert "one photo" in refusal(unlabelled, [tmp_path / "val"])
-
-
-def test_a_broken_download_is_one_sentence(tmp_path, monkeypatch):
-    def broken(root, split, download):
-        raise tarfile.ReadError("unexpected end of data")
-    monkeypatch.setitem(photos.SETS, "flowers102", (broken, "split", "train", "test"))
-    assert "flowers102" in refusal(unlabelled, ["flowers102"])
 
 
 # ---- Draw
@@ -166,14 +150,6 @@ def test_each_epoch_is_a_permutation():
     assert [Draws(list("abc"), str, str)[i] for i in range(3)] == list("abc")
 
 
-def test_drawn_images_stay_as_they_are_and_256_are_held_out_at_most():
-    source = [(image, 0, None) for image in torch.from_numpy(noise(600, 3, 8, 8))]
-    args = Namespace(data=None, size=8, steps=150, batch_size=4, seed=3, workers=0)
-    train, held_out = (torch.cat(list(part)) for part in loaders(args, source, source, 0))
-    assert torch.equal(held_out, torch.stack([image for image, *_ in source[::3]]))
-    assert {*map(str, train.tolist())} == {str(image.tolist()) for image, *_ in source}
-
-
 @pytest.mark.parametrize("workers", (0, 2))
 def test_an_unreadable_photo_is_named_once_in_all_epochs(tmp_path, run_of, capfd, workers):
     bad = [tmp_path / f"{i:02}.png" for i in (3, 10)]   # 10 is held out
@@ -196,15 +172,6 @@ def test_the_next_photo_of_the_epoch_takes_the_place_of_an_unreadable_one():
     assert "none of 2" in refusal(Draws(["a", "b"], read_image, int, 3, skip=True).__getitem__, 0)
 
 
-def test_a_picture_has_each_row_below_its_caption(tmp_path):
-    rows = [torch.full((3, 3, 20, 30), 0.2), torch.full((9, 3, 10, 30), 1.7)]
-    photos.save_picture(rows, ["a", "a caption wider than the images " * 3], tmp_path / "x.png")
-    shown = np.array(Image.open(tmp_path / "x.png"))
-    assert shown.shape[0] == 20 + 24 + 20 + 26          # nine images of 10 pixels are two lines
-    assert (shown[22:42, 2:32] == 51).all() and (shown[66:76, 2:32] == 255).all()
-    assert (shown[:20, :20] < 99).any() and (shown[44:64, -300:] < 99).any()    # captions
-
-
 # ---- Whole commands
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -214,15 +181,3 @@ def test_out_over_what_is_read_is_refused(files, tmp_path, stage):
     for out in given / "teacher.safetensors", given / data / "new", given:
         assert "which is read" in refusal(brief, stage, given, out)
     assert sorted(os.listdir(given)) == sorted(os.listdir(files))
-
-
-@pytest.mark.parametrize("script", ("align_attention", "align_features", "finetune", "bench"))
-def test_help_says_every_default(script, monkeypatch):
-    seen, parse = [], "argparse.ArgumentParser.parse_args"
-    monkeypatch.setattr(parse, lambda *args: seen.extend(args) or sys.exit())
-    with pytest.raises(SystemExit):
-        __import__(script).parse([])
-    for flag in seen[0]._actions:
-        if flag.option_strings and flag.nargs != 0 and flag.dest != "predict":
-            assert "default:" in flag.help or "demo:" in flag.help, flag.dest
-            assert not isinstance(flag.default, str) or flag.default in flag.help

@@ -1,7 +1,6 @@
 """Masks and labels are read as the files hold them, or refused with a sentence that names them."""
 import struct
 import zlib
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +10,7 @@ from PIL import Image
 
 from support import labels
 from support.labels import IGNORE, LAYOUTS, load_data, read_item, read_mask
-from support.photos import MASK_FOLDERS, Draws
+from support.photos import Draws
 
 
 def noise(*shape, top=256, seed=0):
@@ -82,21 +81,10 @@ def test_every_layout_gives_its_pairs_and_class_names(tmp_path, capsys, kind):
     assert LAYOUTS["Cityscapes"]["names"][18] == "bicycle"
 
 
-@pytest.mark.parametrize("content, says", (
-    (b"the val\nval 9\n", "val 9"), (b"the val.jpg\n", "the val.jpg"), (b"W\xe4sser\n", "sser"),
-    (b"", "each part"), (b"the val\nthe train\n", "the train.jpg")))
-def test_a_list_that_names_no_photo_or_one_of_training_is_refused(tmp_path, content, says):
+def test_a_list_that_names_no_photo_is_refused(tmp_path):
     lay_out(tmp_path, "VOC")
-    (tmp_path / VOC_LIST.format("val")).write_bytes(content)
-    assert says in refusal(load_data, tmp_path, "segment")
-
-
-def test_a_folder_of_no_layout_is_told_the_real_folders_of_all(tmp_path):
-    says = refusal(load_data, tmp_path, "segment")
-    assert "{" not in says
-    for row in LAYOUTS.values():
-        folder = row["masks"].format(row.get("parts", ["train"])[0])
-        assert folder in says and MASK_FOLDERS & {*Path(folder).parts}      # no photos
+    (tmp_path / VOC_LIST.format("val")).write_bytes(b"the val\nval 9\n")
+    assert "val 9" in refusal(load_data, tmp_path, "segment")
 
 
 @pytest.mark.parametrize("depth", (1, 2, 4, 8))
@@ -154,28 +142,24 @@ def photos(top, folders):
     return str(top)
 
 
-def test_a_class_in_one_part_only_is_named_and_bad_photos_are_in_one_message(tmp_path, capsys):
+def test_a_class_in_one_part_only_is_named_and_a_bad_photo_refused(tmp_path, capsys):
     data = photos(tmp_path, "train/cat train/owl/a/b val/cat val/dog")
-    (tmp_path / "train/empty").mkdir()
     train, val, classes, ids = load_data(data, "classify")
     assert classes == ["cat", "dog", "owl"] and ids == [0, 1, 2]
     assert [label for _, label in train] == [0, 2] and [label for _, label in val] == [0, 1]
     assert "in train or in val: dog, owl" in capsys.readouterr().out
-    for path, _ in train[1], val[0]:
-        path.write_bytes(b"junk")
-    says = refusal(load_data, data, "classify")
-    assert str(train[1][0]) in says and str(val[0][0]) in says and str(train[0][0]) not in says
+    train[1][0].write_bytes(b"junk")
+    assert str(train[1][0]) in refusal(load_data, data, "classify")
 
 
 @pytest.mark.parametrize("folders", (
-    "train/Cat train/Dog val/cat val/dog", "train/a val/a", "train val", "train/a train/b", "a b",
-    "train/images train/masks val/images val/masks", "train train/a train/b val/a val/b"))
+    "train/a val/a", "train/a train/b", "a b", "train train/a train/b val/a val/b"))
 def test_folders_without_common_classes_or_with_photos_of_none_are_refused(tmp_path, folders):
     assert "classes" in refusal(load_data, photos(tmp_path, folders), "classify")
     assert "no labels" in refusal(load_data, "pets", "segment")
 
 
-# ---- Views, batches, picture
+# ---- Views
 
 def test_a_photo_that_is_its_own_mask_stays_so():
     """Scaled, cropped and mirrored together; what a crop has beyond the photo is ignored."""
@@ -192,20 +176,3 @@ def test_a_photo_that_is_its_own_mask_stays_so():
     assert 2 < ignored < 18
     image, mask = whole(item)
     assert image.shape == (3, 32, 40) and torch.equal(mask, ids)        # 32 x 38.4, to the patch
-
-
-def test_photos_of_any_shape_are_fitted_to_the_patch():
-    for shape, want in (((20, 200), (32, 320)), ((5, 7), (32, 48)), ((1, 1), (32, 32))):
-        photo, mask = torch.zeros(3, *shape).byte(), torch.ones(shape).byte()
-        photo, mask = labels.fitted((photo, mask), 32, 8, points=4)
-        assert photo.shape[1:] == want and mask.shape == (want[0] // 2, want[1] // 2)
-
-
-def test_the_picture_shows_photos_masks_guesses_and_a_legend(tmp_path):
-    photos, mask = [torch.full((3, 40, 60), 80).byte()] * 5, torch.tensor([[0, 1], [1, IGNORE]])
-    labels.draw_segments(photos, [mask] * 5, [mask.flip(1)] * 5, ["a", "b"], tmp_path / "x.png")
-    shown = np.array(Image.open(tmp_path / "x.png")).astype(int)
-    a, b, ignored = (255 * labels.PALETTE[[0, 1, IGNORE]]).numpy()
-    for y, right, colour in ((246, 446, b), (306, 446, ignored), (428, 446, a)):
-        assert abs(shown[y, right] - (0.3 * 80 + 0.7 * colour)).max() < 3
-    assert (shown[102, 83] == 80).all() and abs(shown[-10, [312, 474]] - [b, ignored]).max() < 3

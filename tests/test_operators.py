@@ -9,9 +9,8 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import model
-from conftest import TINY, error, randomise, refusal, same, seeded, varying
-from model import (ATTENTION, ViT, elu_plus_one, linear_attention, linear_plain, linear_reference,
-                   linearize, load_vit, save_vit)
+from conftest import TINY, error, randomise, seeded
+from model import ATTENTION, elu_plus_one, linear_attention, linear_plain, linear_reference
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 TWO = replace(TINY, width=128, heads=2)                 # heads of 64
@@ -100,7 +99,8 @@ def test_4097_tokens_in_half_precision_cost_a_few_roundings(dtype, limit, stretc
         out = linear_attention(*leaves)
         assert out.dtype == wide and (out.std(-2) > 0).all()    # overflow may show as zeros, alike
         gradients = torch.autograd.grad(out, leaves, pull.to(wide))
-        results.append([varying(out, v), *gradients])
+        out = out.double() - v.double().mean(-2, keepdim=True)          # behind it errors hide
+        results.append([out, *gradients])
     for found, truth in zip(*results):
         assert error(found, truth) <= limit
 
@@ -133,12 +133,6 @@ def test_very_negative_keys_attend_to_the_mean_and_gradients_stay_finite(below, 
         assert (out - mean).abs().max() <= 8 * torch.finfo(dtype).eps * v.abs().max() + 1e-6
 
 
-def test_hedgehog_starts_at_identity_and_is_finite_where_query_and_key_share_no_feature():
-    operator, q = ATTENTION["hedgehog"](TINY), torch.tensor([1000., -1000]).repeat(1, 1, 3, 32)
-    assert all(torch.equal(W, torch.eye(64)[None]) for W in operator.parameters())
-    assert operator(q, -q, q, (1, 3)).isfinite().all()
-
-
 @pytest.mark.parametrize("name", sorted(WEIGHTS.keys() - {"softmax"}))
 def test_twice_the_tokens_cost_a_linear_operator_twice_the_operations(name):
     operator, costs = ATTENTION[name](TWO), []
@@ -164,14 +158,3 @@ def test_gradients_of_linear_conv_are_right_in_bfloat16_on_a_larger_grid():
         out = operator.to(dtype)(q, k, v.requires_grad_(), (32, 32))
         found.append(torch.autograd.grad((out * q).sum(), (operator.conv.weight, v)))
     assert all(error(*both) <= 2e-2 for both in zip(*found))
-
-
-def test_an_operator_of_ones_own_needs_a_class_and_a_line(monkeypatch, tmp_path, mine):
-    teacher, images = randomise(ViT(replace(TINY, heads=2, registers=2))), seeded(2, 3, 8, 20)
-    student, file = linearize(teacher, "mine"), tmp_path / "a.safetensors"
-    assert same(linearize(randomise(student), "mine"), student)         # what it learnt stays
-    assert same(linearize(linearize(teacher, "mine")), teacher)
-    save_vit(student, file)
-    assert torch.equal(load_vit(file)(images), student(images))
-    monkeypatch.delitem(ATTENTION, "mine")
-    assert "attention 'mine' is unknown" in refusal(load_vit, file)

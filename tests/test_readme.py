@@ -1,5 +1,4 @@
-"""README's commands parse, its examples run, its tables are those of results/, its links exist, and
-the layout of the repository is the one it describes."""
+"""README's commands parse, its examples run, its tables are those of results/, its links exist."""
 import csv
 import json
 import re
@@ -102,6 +101,20 @@ def test_tables_are_those_of_the_results():
             assert len(text.splitlines()) > 2 and text in PAGES[page], f"{page}: {make.__name__}"
 
 
+def test_links_and_pictures_exist():
+    for name, text in PAGES.items():
+        prose = re.sub(r"```.*?```", "", text, flags=re.S)
+        for target in re.findall(r"\]\((?!http)([^)#]+)\)", prose):
+            assert (ROOT / name).parent.joinpath(target).exists(), f"{name} -> {target}"
+
+
+def test_no_line_is_wide_and_shell_scripts_are_whole():
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("*/*.py"), *ROOT.glob("results/*.sh")]:
+        assert max(map(len, path.read_text().splitlines())) <= 100, path.name
+        if path.suffix == ".sh":
+            assert subprocess.run(["bash", "-n", path]).returncode == 0, path.name
+
+
 def test_agreement_over_sizes_begins_with_what_stage_2_measured(files, chain, tmp_path):
     main, out = runpy.run_path(ROOT / "results/sizes.py")["main"], tmp_path / "sizes.csv"
     main(list(map(str, ["--teacher", files / "teacher.safetensors", "--data", files / "photos",
@@ -122,13 +135,6 @@ def test_pairs_score_as_stage_3_and_a_pair_of_one_does_not_differ(files, tmp_pat
     score = json.loads((tmp_path / "a/metrics.json").read_text())[0]["score"]
     assert (f"one {score:.2f}, two {score:.2f}, difference +0.00, standard error 0.00"
             in capsys.readouterr().out)
-
-
-def test_links_and_pictures_exist():
-    for name, text in PAGES.items():
-        prose = re.sub(r"```.*?```", "", text, flags=re.S)
-        for target in re.findall(r"\]\((?!http)([^)#]+)\)", prose):
-            assert (ROOT / name).parent.joinpath(target).exists(), f"{name} -> {target}"
 
 
 def imported(path):

@@ -48,18 +48,13 @@ def test_students_are_copies_and_their_files_are_loaded_bit_for_bit(path, capsys
     path = path.parent / "new/student.safetensors"
     save_vit(randomise(student, seed=1), path, head=head, note="of this run", epochs=3)
     again = load_vit(path)
+    assert same(linearize(student, attention), student)                 # what it learnt stays
     assert same(student, again) and (again.arch, again.attention) == (arch, attention)
     assert again.header == {"note": "of this run", "epochs": 3} and not again.training
     assert torch.equal(again(images), student(images)) and not capsys.readouterr().out
     assert torch.equal(load_file(path)["head.weight"], head.weight)
     other = linearize(teacher.double(), attention)      # a new module would train, in float32
     assert not other.training and other.norm.weight.dtype == torch.float64
-
-
-def test_a_file_of_ours_is_written_whole_or_not_at_all(path, monkeypatch):
-    monkeypatch.setattr(model, "write_whole", lambda where, content: content)
-    save_vit(VIT, path)                                 # test_runs.py fills write_whole's disk
-    assert not path.exists()
 
 
 def test_a_file_says_on_which_grid_its_operator_learned_and_a_new_one_learns_on_its_own(path):
@@ -70,16 +65,6 @@ def test_a_file_says_on_which_grid_its_operator_learned_and_a_new_one_learns_on_
     assert linearize(student, "linear", 80).arch.aligned == 10
     assert linearize(student, "linear").arch.aligned == 4               # the native size
     assert "multiples of the patch, 8" in refusal(linearize, student, "linear", 44)
-
-
-def test_a_file_older_than_the_spread_keeps_its_taps_one_patch_apart(path):
-    student, images = randomise(linearize(VIT, "linear_conv", 16)), seeded(1, 3, 48, 48)
-    old = {key: value for key, value in asdict(student.arch).items() if key != "aligned"}
-    save_file(student.state_dict(), path, {"adala": json.dumps(
-        {"architecture": old, "attention": "linear_conv"})})
-    for block in student.blocks:
-        block.attn.operator.side = 6                    # of this grid
-    assert torch.equal(load_vit(path)(images), student(images))
 
 
 def test_a_student_is_taken_with_its_own_teacher_alone_by_whatever_name(tmp_path):
@@ -121,9 +106,7 @@ def test_the_one_vit_inside_is_taken_and_the_rest_named(tmp_path, capsys, prefix
 
 
 @pytest.mark.parametrize("blocks", [
-    r"blocks.0.\1.", r"blocks.\1.\1.", r"blocks.\1._orig_mod.",         # DINOv2's chunks, compiled
-    r"_fsdp_wrapped_module.blocks.\1._fsdp_wrapped_module.",
-    r"blocks.\1._checkpoint_wrapped_module._orig_mod."])
+    r"blocks.0.\1.", r"blocks.\1._checkpoint_wrapped_module._orig_mod."])     # DINOv2's chunks
 def test_words_that_wrappers_put_into_names_are_taken_out(tmp_path, blocks):
     tensors = {re.sub(r"blocks\.(\d)\.", blocks, name): MANY[name] for name in MANY}
     assert same(load_vit(written(tmp_path / "a.pth", tensors)), VIT)
@@ -160,14 +143,12 @@ def test_official_dinov2_with_registers_adds_clss_position(tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize("change, header, words", [
-    ({BIAS: None, "blocks.1.x": ONE}, OURS, ("1 missing", BIAS, "1 unexpected", "blocks.1.x")),
-    ({BIAS: None}, OURS, ["1 missing"]), ({"blocks.1.x": ONE}, OURS, ["1 unexpected"]),
+    ({BIAS: None}, OURS, ("1 missing", BIAS)),
+    ({"blocks.1.x": ONE}, OURS, ("1 unexpected", "blocks.1.x")),
     ({BIAS: torch.ones(64)}, OURS, (BIAS, "[64]", "[192]")),
     ({BIAS: torch.ones(192, dtype=torch.int64)}, OURS, (BIAS, "floating-point", "int64")),
     ({BIAS: torch.full((192,), torch.inf)}, OURS, (BIAS, "expected finite")),
-    ({}, 3, []), ({}, {"attention": "linear"}, []), ({}, {"architecture": {"width": 64}}, []),
-    ({}, {"architecture": asdict(TINY) | {"grid": 4}}, []),
-    ({}, OURS | {"attention": "mamba"}, ["mamba"])])
+    ({}, {"architecture": {"width": 64}}, []), ({}, OURS | {"attention": "mamba"}, ["mamba"])])
 def test_a_tensor_or_a_header_that_does_not_fit_is_named(path, change, header, words):
     tensors = {name: t for name, t in (MANY | change).items() if t is not None}
     save_file(tensors, path, {"adala": json.dumps(header)})
@@ -178,8 +159,7 @@ def test_a_tensor_or_a_header_that_does_not_fit_is_named(path, change, header, w
     ({"student": MANY, "teacher": MANY}, "found 2: student/, teacher/"),
     ({"embeddings.patch_embeddings.projection.weight": ONE}, "embeddings.patch_emb"),
     ({"model": MANY, "args": Namespace(lr=1)}, "argparse.Namespace"),   # objects are never made
-    (MANY | {"epoch": 3}, "epoch"), ({0: ONE}, ""), ([ONE], ""), ({}, "no tensors"),
-    (b"12345678{", ""), (b"\xff" * 8 + b"{}" * 9, ""),
+    ({}, "no tensors"), (b"12345678{", ""),
     (b"version https://git-lfs.github.com/spec/v1\n", "it starts with b'version https://git-lfs")])
 def test_a_file_without_one_vit_is_refused_with_what_it_is_or_holds(tmp_path, content, words):
     message = refusal(load_vit, written(tmp_path / "a.pth", content))
@@ -196,8 +176,7 @@ def test_a_file_that_was_cut_is_refused(path, writer):
 
 
 def test_what_is_neither_a_file_nor_a_name_is_refused(tmp_path, path):
-    for spec in (path, tmp_path, "vit_gigantic", "tiny.tag", f"tinny={path}", "demo", "",
-                 "vit_base_patch16_clip_224.openai"):   # timm's lacks the QuickGELU of its weights
+    for spec in (path, tmp_path, "vit_gigantic", "tiny.tag", f"tinny={path}"):
         message = refusal(load_vit, spec)
         assert "`python model.py` lists" in message and str(spec) in message
     assert str(path) in refusal(load_vit, f"tiny={path}")
@@ -219,5 +198,4 @@ def test_a_known_name_is_downloaded_once_and_a_damaged_download_is_not_kept(tmp_
     save_file(MANY, file)
     assert same(load_vit("tiny"), VIT)
     file.unlink()
-    monkeypatch.setitem(KNOWN, "tiny_quickgelu.test", TINY)     # timm keeps one file for both
-    assert same(load_vit("tiny.test"), VIT) and same(load_vit("tiny_quickgelu"), VIT)
+    assert same(load_vit("tiny.test"), VIT)
