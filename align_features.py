@@ -3,7 +3,7 @@
 After stage 1 each block imitates softmax attention on the teacher's input, but errors add up. Here
 the student runs on its own, every weight is tuned, and only the final tokens are supervised.
 
-    python align_features.py                                    # the demo, a minute on a CPU
+    python align_features.py                                    # the demo, three minutes on a CPU
     python align_features.py --teacher vit_small_patch14_dinov2 --data photos/ --size 224 \\
         --student runs/attention/student.safetensors            # after stage 1 on your photos
     python align_features.py --teacher ... --data ... --attention linear    # without stage 1
@@ -80,8 +80,8 @@ def whitening(teacher, draws, most, device, dtype):
 
     A covariance of few photos overrates the directions in which they happen not to vary. So each
     quarter of the photos is whitened by the other three. The ridge is the smallest of RIDGES for
-    which the quarters' mean square is within 5 % of what it is on the three. whiten is scaled so
-    that this mean square is 1 over all photos: a loss of 1 is no better than a constant.
+    which the quarters' mean square is within 5 % of what it is on the three, else the largest.
+    whiten is scaled so that it is 1 over all photos: a loss of 1 is no better than a constant.
     """
     sums, means = torch.zeros(4, *[teacher.arch.width + 1] * 2, device=device).double(), []
     order = range(min(most, len(draws)))
@@ -202,7 +202,7 @@ def main(argv=None):
         align = torch.compile(feature_alignment, fullgraph=True, dynamic=False)
     train, held_out = loaders(args, source, held_out, saved["step"] if saved else 0)
     few = [next(iter(held_out))]            # one held-out batch, for the log
-    most = min(1024, args.steps * args.batch_size or 1024)
+    most = min(1024, args.steps * args.batch_size)
     kept = saved["kept"] if saved else whitening(teacher, train.dataset, most, device, dtype)
     whiten, constant = kept["whiten"].to(device), kept["constant"].to(device)
     measure = partial(compare, teacher, whiten=whiten, constant=constant, device=device,

@@ -5,7 +5,7 @@
     ADALA_KERNEL=plain python bench.py model        # linear without its GPU kernel
 
 Weights and images are random. Students are as if aligned at the fewest pixels. Ratios are to fused
-softmax. Modes: eager, and compiled block by block. At batch 1 a GPU may wait for Python.
+softmax. Modes: eager, and compiled block by block. At batch 1 a GPU may wait for launches.
 
 Writes bench-DEVICE-PART-DTYPE.csv to --out after every point, and replaces nothing: the next run
 writes ...-1.csv. results/bench_picture.py draws it. Calls take turns, each timed after an untimed
@@ -150,8 +150,7 @@ def measure(calls, ended, device, seconds, maps=0):
     rows, runs = {key: {"status": ended.get(key, "ok")} for key in calls}, {}
     free = int(linux("meminfo", r"MemAvailable: +(\d+) kB", 8_000_000)) * 1024
     for key, call in calls.items():
-        name, mode = key
-        if device == "cpu" and name == WRITTEN_OUT and maps > free / 2:
+        if device == "cpu" and key[0] == WRITTEN_OUT and maps > free / 2:
             rows[key]["status"] = f"skipped: maps of {maps / 1e9:.1f} GB, {free / 1e9:.1f} GB free"
         if rows[key]["status"] != "ok":
             continue

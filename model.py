@@ -63,7 +63,7 @@ def linear_plain(q, k, v, phi=elu_plus_one):
     """The same with its brackets moved, phi(q) (phi(k)^T v): O(N) time and memory, no N x N map.
 
     phi must be positive. The paper does not publish its phi; here it is 1 + ELU, no scale, no eps.
-    Sums over tokens are float32: float16 overflows at N = 785. So it multiplies in float32, too."""
+    Sums over tokens are float32. float16 overflows at N = 785: so it is multiplied as float32."""
     with torch.autocast(v.device.type, enabled=False):  # these dtypes are chosen, not inherited
         wide = torch.promote_types(v.dtype, torch.float32)
         work = wide if v.dtype == torch.float16 else v.dtype
@@ -82,9 +82,9 @@ def linear_attention(q, k, v, phi=elu_plus_one):
 
 
 class Operator(nn.Module):
-    """How a block attends. A new one is a subclass, or a function (q, k, v) -> out, and a line in
-    ATTENTION. bias_shift: stage 1 first adds it to the biases of q and k, so that phi starts where
-    it is exponential."""
+    """How a block attends. A new one is a line in ATTENTION: a subclass, or partial(Operator,
+    function=f) with f(q, k, v) -> out. bias_shift: stage 1 first adds it to the biases of q and k,
+    so that phi starts where it is exponential."""
 
     def __init__(self, arch, function=None, bias_shift=0.0):
         super().__init__()
@@ -101,8 +101,8 @@ class LinearConv(Operator):
     adds each patch's neighbours. It starts at zero, equal to "linear". The prefix bypasses it.
 
     JetViT: its taps lie one patch apart on every grid. Here: (1 + s) / 2 patches, at least 1, where
-    the grid's shorter side is s times that on which it learned, as softmax's neighbours do
-    (measured in results/README.md). Between two whole distances it is a mix of both."""
+    the grid's shorter side is s times that on which it learned. So it agrees better with its
+    teacher there (results/README.md). Between two whole distances it is a mix of both."""
 
     def __init__(self, arch):
         super().__init__(arch, bias_shift=-4.0)
@@ -133,7 +133,7 @@ class LinearConv(Operator):
 
 
 class Hedgehog(Operator):
-    """Linear attention with the learned phi of LoLCATs (arXiv 2410.10254), from Hedgehog's paper:
+    """Linear attention with the learned phi of LoLCATS (arXiv 2410.10254), from Hedgehog's paper:
     phi(x) = cat(softmax(W x), softmax(-W x)). W of each head starts at identity."""
 
     def __init__(self, arch):
@@ -487,8 +487,8 @@ def to_timm_names(tensors, path):
 def load_vit(spec):
     """A pretrained ViT or a student of ours, on the CPU, float32, in eval mode.
 
-    spec: a name in KNOWN (without its tag, the first), downloaded once; a file that save_vit wrote;
-    or NAME=FILE for anybody else's, since tensors do not tell activation, eps, mean and positions.
+    spec: a name in KNOWN, or without its tag the first that fits, downloaded once; a file of
+    save_vit; or NAME=FILE for other files, whose tensors do not tell activation, eps or mean.
     InputError: not readable, or a tensor missing, extra, mis-shaped, integer or not finite."""
     path, name = weights_file(spec)
     tensors, header = read_weights(path)

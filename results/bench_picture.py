@@ -1,7 +1,7 @@
 """Draws tables of bench.py: python results/bench_picture.py NAME.png CSV...
 
 A row of panels for time or images/s and one for memory. A column for each model, heads, batch,
-pass, dtype and mode. It needs matplotlib (pip install matplotlib).
+dtype and mode. It needs matplotlib (pip install matplotlib).
 """
 import csv
 import math
@@ -23,7 +23,7 @@ def main(target, *tables):
     x, *columns = SHOWN[rows[0]["part"]]
     groups = {}
     for row in rows:
-        title = "{model} heads {heads} batch {batch}\n{pass} {dtype} {mode}".format(**row)
+        title = "{model} heads {heads} batch {batch}\n{dtype} {mode}".format(**row)
         groups.setdefault(title, {}).setdefault(row["name"], []).append(row)
     points = sorted({int(row[x]) for row in rows})
     figure = Figure((4 * len(groups), 7), layout="constrained")

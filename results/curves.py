@@ -1,6 +1,6 @@
 """The loss of runs, each step's a mean of ten: python results/curves.py RUN... writes curves.png
 
-RUN is a folder with a log.jsonl. It needs matplotlib (pip install matplotlib).
+RUN is a folder of stage 1 or 2. It needs matplotlib (pip install matplotlib).
 """
 import json
 import sys

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What README says of a GPU, the most important first, in about nine minutes:
+# What README says of a GPU, the most important first, in 16 minutes at most:
 #   PHOTOS=photos OUT=folder bash results/gpu.sh
 # Every row is written at once. A step that takes too long is ended, and what it measured is kept.
 cd "$(dirname "$0")/.." || exit 1

@@ -120,7 +120,7 @@ def scores(name, rows, columns):
         text, best = f"{mean(seeds.values()):.1f}", found.get(("teacher", column), {})
         if row != "teacher" and (both := seeds.keys() & best):
             less = mean(seeds[seed] - best[seed] for seed in both)
-            text += f" ({round(less, 1) + 0:+.1f})"     # + 0: no -0.0
+            text += f" ({less:+.1f})"
         return text + (f", {len(seeds)} seeds" if len(seeds) > 1 else "")
 
     there = {row for row, _ in found}
@@ -143,13 +143,12 @@ def sizes():
 def tuned(lengths=((160, 0), (640, 0), (160, 160), (640, 320), (640, 640))):
     """Frozen and tuned backbones at 112 pixels, by the steps of stages 1 and 2."""
     return scores("study-cpu-112.csv", {
-        "teacher": "teacher", "linear_conv-none": "no alignment",
+        "teacher": "teacher", "linear_conv-none": "linear_conv, no alignment",
         **{f"{name}-{one}-{two}": f"{name}, {one} + {two}" for name in ("linear", "linear_conv")
            for one, two in lengths},
-        "linear_conv-scratch": "random weights"}, {
+        "linear_conv-scratch": "linear_conv, random weights"}, {
         "classify 0": "top-1, frozen", "tune-classify 0": "top-1, tuned",
-        "segment 0": "mIoU, frozen", "tune-segment 0": "mIoU, tuned", "tune-mask 0":
-        "mIoU, mask head, tuned"})
+        "segment 0": "mIoU, frozen", "tune-segment 0": "mIoU, tuned"})
 
 
 def tuned_short():

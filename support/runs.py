@@ -149,7 +149,7 @@ def open_out(args, inputs, *lists):
 
 
 # ---- Flags, device, processes
-def parse_args(parser, argv, out, defaults, demo):
+def parse_args(parser, argv, out, defaults, demo, least_steps=1):
     """Add the flags that all stages share, and parse. A flag that is not given has its value of
     `demo` in a run without --data, else that of `defaults`."""
     flag, cuda = parser.add_argument, torch.cuda.is_available()
@@ -163,7 +163,8 @@ def parse_args(parser, argv, out, defaults, demo):
          help="processes that load photos (default: up to 8 on a GPU, else 0)")
     flag("--dtype", choices=("auto", "float64", "float32", "bfloat16", "float16"), default="auto",
          help="(default: auto, half precision where the device has it)")
-    flag("--compile", action=argparse.BooleanOptionalAction, default=cuda, help="(default: a GPU)")
+    flag("--compile", action=argparse.BooleanOptionalAction, default=cuda,
+         help="(default: on a GPU)")
     flag("--seed", type=int, default=0, help="of photos, crops, flips and heads (default: 0)")
     flag("--out", default=out, help=f"folder to write (default: {out})")
     flag("--every", type=int, help="steps between held-out scores (default: ten times a run)")
@@ -174,7 +175,8 @@ def parse_args(parser, argv, out, defaults, demo):
     if not own and demo != defaults:                    # equal for --predict
         print("demo:", *(f"--{key.replace('_', '-')} {getattr(args, key)}" for key in demo))
     args.every = max(1, args.steps // 10) if args.every is None else args.every
-    for key, least in dict(steps=0, workers=0, save_every=0, batch_size=1, every=1, seed=0).items():
+    for key, least in dict(steps=least_steps, workers=0, save_every=0, batch_size=1, every=1,
+                           seed=0).items():
         if not getattr(args, key) >= least:             # NaN is not, either
             key, found = key.replace("_", "-"), getattr(args, key)
             raise InputError(f"--{key} {found}: expected {least} or more")
@@ -354,8 +356,9 @@ class Progress:
     def summary(self):
         """-> the median time of a step, images a second, peak memory, as text."""
         step = sorted(self.times)[len(self.times) // 2] if self.times else math.inf
+        unit = 1 if sys.platform == "darwin" else 1024  # a Mac counts bytes, Linux KiB
         memory = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else (
-            resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1000 if resource else 0)
+            resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit if resource else 0)
         return (f"{step:.3f} s a step, {self.images / max(1, self.step) / step:.1f} images/s, "
                 f"peak memory {memory / 1e9:.1f} GB")
 
