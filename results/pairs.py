@@ -3,8 +3,9 @@
     python results/pairs.py --data imagenette160 --two ... \\
         --one runs/a0/0-classify.safetensors runs/a1/0-classify.safetensors
 
---one, --two: checkpoints of finetune.py, one a seed, of one task and size. Prints the scores, their difference, and its
-standard error over held-out photos, seeds averaged: by a bootstrap, 1,000 draws of as many photos.
+--one, --two: checkpoints of finetune.py, one a seed, of one task and size. It prints the scores,
+their difference, and its standard error over held-out photos, seeds averaged: by a bootstrap, 1,000
+draws of as many photos.
 """
 import sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
