@@ -145,11 +145,10 @@ def report(before, after, constant):
     for key in (key for key in after if after[key] is not None):
         print(f"{key:16s}{before[key]:6.3f}  {after[key]:5.3f}  {constant[key]:8.3f}")
         if after[key] < before[key] if "cosine" in key else after[key] >= constant[key]:
-            worse.append(key)
+            worse.append(key + (" fell" if "cosine" in key else " is no better than a constant's"))
     print("constant: the teacher's mean CLS token and mean patch token, whatever the photo")
     if worse:
-        print("The student ends worse than it began, or no better than a constant: "
-              f"{', '.join(worse)}. Run stage 1 for more --steps, or lower --lr.")
+        print(f"{'; '.join(worse)}: run stage 1 for more --steps, or lower --lr.")
 
 
 @torch.no_grad()

@@ -246,7 +246,8 @@ def load_backbone(spec, args):
         return vit, name, vit.header.get("stage", "pretrained")
     swapped = linearize(vit, operator, args.size)
     swapped.header = vit.header                         # its size and kind of head
-    return swapped, name, "none"
+    aligned = vit.attention != "softmax"                # to its teacher, for another operator
+    return swapped, name, f"{vit.header['stage']}, swapped" if aligned else "none"
 
 
 def begin_row(spec, args, classes, ids):
@@ -261,7 +262,8 @@ def begin_row(spec, args, classes, ids):
     if not other:
         load_head(head, file)
     if "classes" in vit.header:
-        print(f"{spec}: its head is", f"not kept: another {', '.join(other)}" if other else "kept")
+        print(f"{spec}:", f"a new head, its own has another {', '.join(other)}" if other else
+              "its head is kept")
     return vit, head, stage, not other
 
 
@@ -507,7 +509,7 @@ def main(argv=None):
     print(f"{' score':7s} attention   stage                weights")
     for row in rows:
         print(f"{row['score']:6.2f}  {row['attention']:11s} {row['stage']:20s} {row['weights']}")
-    print(f"wrote {out / 'metrics.json'}, and for each row a checkpoint: {rows[0]['checkpoint']}")
+    print("wrote", out / "metrics.json", *(row["checkpoint"] for row in rows))
 
 
 if __name__ == "__main__":

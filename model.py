@@ -436,7 +436,7 @@ def weights_file(spec):
     name = next((key for key in KNOWN if name in (key, key.partition(".")[0])), None)
     if name is None:
         raise InputError(f"'{spec}' is neither a weight file nor a known name: expected a file, a "
-                         "name that `python model.py` lists, or NAME=FILE (the demo: run it there)")
+                         "name that `python model.py` lists, or NAME=FILE (demo/: in this project)")
     return Path(file) if file else download(name), name
 
 

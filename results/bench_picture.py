@@ -1,7 +1,7 @@
-"""Draws tables of bench.py: python results/bench_picture.py NAME.png CSV...
+"""Draws tables of bench.py's part "model": python results/bench_picture.py NAME.png CSV...
 
-A row of panels for time or images/s and one for memory. A column for each model, heads, batch,
-dtype and mode. It needs matplotlib (pip install matplotlib).
+A row of panels for images/s and one for memory. A column for each model, batch, dtype, mode and
+device. It needs matplotlib (pip install matplotlib).
 """
 import csv
 import math
@@ -12,33 +12,30 @@ try:
 except ModuleNotFoundError:
     sys.exit("bench_picture.py needs matplotlib: pip install matplotlib")
 
-SHOWN = {"attention": ("tokens", "median_ms", "peak_mb"),
-         "model": ("pixels", "images_per_s", "peak_mb")}
-WORDS = {"median_ms": "milliseconds a call", "images_per_s": "images a second",
-         "peak_mb": "peak memory, MB"}
+WORDS = {"images_per_s": "images a second", "peak_mb": "peak memory, MB"}
 
 
 def main(target, *tables):
     rows = [row for path in tables for row in csv.DictReader(open(path, newline=""))]
-    x, *columns = SHOWN[rows[0]["part"]]
-    groups = {}
+    names = sorted({row["name"] for row in rows})
+    groups, colours = {}, {name: f"C{i}" for i, name in enumerate(names)}
     for row in rows:
-        title = "{model} heads {heads} batch {batch}\n{dtype} {mode}".format(**row)
+        title = "{model} batch {batch} {dtype} {mode}\n{device}, torch {torch}".format(**row)
         groups.setdefault(title, {}).setdefault(row["name"], []).append(row)
-    points = sorted({int(row[x]) for row in rows})
-    figure = Figure((4 * len(groups), 7), layout="constrained")
+    points = sorted({int(row["pixels"]) for row in rows})
+    figure = Figure((5 * len(groups), 7), layout="constrained")
     axes = figure.subplots(2, len(groups), squeeze=False, sharex=True, sharey="row")
-    for line, column in zip(axes, columns):
+    for line, (column, word) in zip(axes, WORDS.items()):
         for axis, (title, curves) in zip(line, groups.items()):
             for name, curve in curves.items():
-                axis.loglog([int(row[x]) for row in curve],
+                axis.loglog([int(row["pixels"]) for row in curve],
                             [float(row[column] or math.nan) for row in curve], marker=".",
-                            label=name)
-            axis.set(title=title, xlabel=x, ylabel=WORDS[column])
+                            label=name, color=colours[name])
+            axis.set(xlabel="pixels", ylabel=word)
+            axis.set_title(title, fontsize=7)
             axis.minorticks_off()
             axis.set_xticks(points, points)
-    axis.legend()
-    figure.suptitle("{device}, torch {torch}".format(**rows[0]), fontsize=9)
+            axis.legend()
     figure.savefig(target, dpi=80)
     print(f"wrote {target}")
 

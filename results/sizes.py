@@ -48,7 +48,9 @@ def main(argv=None):
             photos = Subset(Draws(held_out, read_image, views(size)[1], skip=True), few)
             for name, pair in pairs.items():
                 found = compare(*pair, DataLoader(photos, 8), *no_whitening, device, dtype)
-                table.writerow([name, size, *(f"{found[key]:.4f}" for key in measures)])
+                row = [name, size, *(f"{found[key]:.4f}" for key in measures)]
+                table.writerow(row)
+                print(*row)
                 file.flush()
     print(f"wrote {args.out}")
 

@@ -15,13 +15,16 @@
 set -euo pipefail
 SIZE=${SIZE:-224} STEPS=${STEPS:-640} TWO=${TWO:-$STEPS} BATCH=${BATCH:-32} TUNED=${TUNED:-400}
 PARTS=${PARTS-classify segment larger tune-classify tune-segment}
-row=$1 seed=$2 operator=${1%%-*} kind=${1#*-} out=${OUT:-runs/study}/$1/seed$2
+row=${1?ROW and SEED are missing} seed=${2?SEED is missing} operator=${1%%-*} kind=${1#*-}
+out=${OUT:-runs/study}/$row/seed$seed
 same="--dtype bfloat16 --seed $seed --every 1000 ${FLAGS-}"
 
 once() {                                        # once NAME SCRIPT FLAG...: not again what is done
     local to=$out/$1
     if [ -f $to/state.pt ] || [ ! -f $to/report.json ] && [ ! -f $to/metrics.json ]; then
         python "${@:2}" --out $to $same
+    else
+        echo "$to is done already. Other settings need another OUT."
     fi
 }
 align() {                                       # align NAME SCRIPT FLAG...
@@ -47,7 +50,7 @@ case $kind in
     $operator)
         align one align_attention.py --attention $operator
         align two align_features.py --student $weights ;;
-    *) echo "unknown row $row"; exit 1 ;;
+    *) echo "unknown row $row: expected one that the top of this file names"; exit 1 ;;
 esac
 for part in $PARTS; do
     if [[ $kind = scratch && $part != tune-* ]]; then continue; fi      # has no features to keep

@@ -68,7 +68,7 @@ def test_every_script_has_a_command_and_the_first_block_holds_the_demo_and_the_t
 def test_the_operator_of_the_page_trains_in_stage_1(tmp_path, monkeypatch):
     """The block as it stands there, up to the line that runs the whole demo."""
     code, run = block("python operator").split('if __name__ == "__main__":')
-    assert 'align_attention.main(["--attention", "conv"])' in run
+    assert 'align_attention.main(["--attention", "conv", *sys.argv[1:]])' in run
     monkeypatch.setitem(model.ATTENTION, "conv", None)      # taken back after this test
     exec(code, {"__name__": "own"})
     monkeypatch.chdir(ROOT)
