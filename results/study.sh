@@ -10,7 +10,7 @@
 # BATCH for a tuned backbone.
 # PARTS: classify and segment (frozen), larger (that head to segment at 2 SIZE and 3 SIZE),
 # tune-classify, tune-segment, tune-mask (the mask head). OUT: folder to write. FLAGS: more flags.
-# ALONE: rate of stage 2 alone. After all rows:
+# RATE: of stage 2 (default: the script's own; of stage 2 alone 2e-4). After all rows:
 #   python results/tables.py collect runs/study results/study.csv
 set -euo pipefail
 SIZE=${SIZE:-224} STEPS=${STEPS:-640} TWO=${TWO:-$STEPS} BATCH=${BATCH:-32} TUNED=${TUNED:-400}
@@ -46,10 +46,10 @@ case $kind in
     none) weights=$WEIGHTS:$operator ;;
     scratch) weights="$WEIGHTS:$operator --from-scratch" ;;
     one) align one align_attention.py --attention $operator ;;
-    two) align two align_features.py --attention $operator --lr ${ALONE:-2e-4} ;;
+    two) align two align_features.py --attention $operator --lr ${RATE:-2e-4} ;;
     $operator)
         align one align_attention.py --attention $operator
-        align two align_features.py --student $weights ;;
+        align two align_features.py --student $weights ${RATE:+--lr $RATE} ;;
     *) echo "unknown row $row: expected one that the top of this file names"; exit 1 ;;
 esac
 for part in $PARTS; do
