@@ -387,8 +387,8 @@ FAMILIES = {    # timm's name.tag -> all but the defaults; {a,b}: one name with 
 
 
 def known():
-    """FAMILIES, each name written out -> {name.tag: Architecture}."""
-    found = {}
+    """FAMILIES, each name written out -> {name.tag: Architecture}; demo=FILE is known, too."""
+    found = {"demo": Architecture(96, 6, 3, 384, patch=8, grid=(8, 8))}
     for family, special in FAMILIES.items():
         # "vit_{small,base}_x.y" -> ["vit_"], ["small", "base"], ["_x.y"] -> two names
         parts = [part.split(",") for part in re.split("[{}]", family)]
@@ -434,7 +434,7 @@ def weights_file(spec):
         return Path(spec), None
     name, _, file = str(spec).partition("=")
     name = next((key for key in KNOWN if name in (key, key.partition(".")[0])), None)
-    if name is None:
+    if name is None or name == "demo" and not file:     # the demo's file is not online
         raise InputError(f"'{spec}' is neither a weight file nor a known name: expected a file, a "
                          "name that `python model.py` lists, or NAME=FILE (demo/: in this project)")
     return Path(file) if file else download(name), name
@@ -571,7 +571,7 @@ def save_vit(model, path, head=None, **facts):
 
 if __name__ == "__main__":
     print(f"{'name (without tag: the first)':50s} M params  patch  pixels  licence")
-    for name, arch in KNOWN.items():
+    for name, arch in list(KNOWN.items())[1:]:          # without the demo's
         with torch.device("meta"):
             size = sum(p.numel() for p in ViT(arch).parameters()) / 1e6
         licence = LICENCES.get(name.partition(".")[2], "apache-2.0")
