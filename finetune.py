@@ -246,8 +246,8 @@ def load_backbone(spec, args):
         return vit, name, vit.header.get("stage", "pretrained")
     swapped = linearize(vit, operator, args.size)
     swapped.header = vit.header                         # its size and kind of head
-    aligned = vit.attention != "softmax"                # to its teacher, for another operator
-    return swapped, name, f"{vit.header['stage']}, swapped" if aligned else "none"
+    stage = vit.header.get("stage", "pretrained")       # a student was aligned, but not for this
+    return swapped, name, "none" if vit.attention == "softmax" else f"{stage}, swapped"
 
 
 def begin_row(spec, args, classes, ids):

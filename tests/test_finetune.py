@@ -6,6 +6,7 @@ import copy
 import itertools
 import json
 import math
+from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
@@ -145,6 +146,13 @@ def test_a_stopped_phase_goes_on_to_the_same_bits(files, tmp_path, monkeypatch, 
     ends = [read_weights(tmp_path / out / "0-classify.safetensors")[0] for out in ("whole", "out")]
     assert not moved(*ends) and log_of(tmp_path / "whole") == log_of(tmp_path / "out")
     assert not (tmp_path / "out/state.pt").exists()     # no state is needed any more
+
+
+def test_a_swapped_student_is_told_from_a_teacher_without_alignment(files, chain):
+    args = Namespace(from_scratch=False, size=SIZE)
+    for file, stage in ((chain / "two/student.safetensors", "attention+features, swapped"),
+                        (files / "teacher.safetensors", "none")):
+        assert finetune.load_backbone(f"{file}:hedgehog", args)[2] == stage
 
 
 @FREEZE
