@@ -4,7 +4,7 @@
     python results/tables.py collect runs/study results/study.csv       # makes a CSV from runs
 
 collect reads FOLDER/ROW/seedS/NAME/metrics.json and report.json, as study.sh and demo.sh leave
-them.
+them. In the CSV files here, rows have been given longer names afterwards.
 """
 import csv
 import json
@@ -35,8 +35,8 @@ def collect(folder, target):
 
 
 def read(name):
-    path = HERE / name
-    return list(csv.DictReader(path.open())) if path.exists() else []
+    with open(HERE / name, newline="") as file:
+        return list(csv.DictReader(file))
 
 
 def table(head, rows):
@@ -44,53 +44,91 @@ def table(head, rows):
 
 
 def values(name):
-    """{(row, measure): {seed: value}}."""
+    """{(row, measure): {seed: value}}; means over seeds have the seed "mean"."""
     found = {}
     for line in read(name):
-        found.setdefault((line["row"], line["measure"]), {})[line["seed"]] = float(line["value"])
+        seeds = found.setdefault((line["row"], line["measure"]), {})
+        seeds[line.get("seed", "mean")] = float(line["value"])
     return found
+
+
+def scores(name, rows, columns, percent=False):
+    """The mean over seeds, and how many seeds there were, if several. In brackets: minus the
+    teacher's, of the same seeds, or percent of it. columns: {measure: title}."""
+    found = values(name)
+
+    def cell(row, measure):
+        seeds, best = found.get((row, measure)), found.get(("teacher", measure), {})
+        if not seeds:
+            return "-"
+        text = f"{mean(seeds.values()):.{3 if 'cosine' in measure else 1}f}"
+        if row != "teacher" and (both := seeds.keys() & best):
+            ours, theirs = (mean(each[seed] for seed in both) for each in (seeds, best))
+            text += f" ({100 * ours / theirs:.1f}%)" if percent else f" ({ours - theirs:+.1f})"
+        return text + (f", {len(seeds)} seeds" if len(seeds) > 1 else "")
+
+    return table(["backbone", *columns.values()],
+                 [[row, *(cell(row, measure) for measure in columns)] for row in rows])
 
 
 def demo():
     found = values("demo.csv")
     names = "teacher (softmax)", "no alignment", "stage 1", "stages 1 + 2"
-    scores = [found["demo", f"classify {i}"].values() for i in range(len(names))]
-    return table(["row", f"top-1, mean (range) of {len(scores[0])} seeds"],
+    found = [found["demo", f"classify {i}"].values() for i in range(len(names))]
+    return table(["row", f"top-1, mean (range) of {len(found[0])} seeds"],
                  [[name, f"{mean(x):.1f} ({min(x):.1f} to {max(x):.1f})"]
-                  for name, x in zip(names, scores)])
+                  for name, x in zip(names, found)])
 
 
-ROWS = {"teacher": "teacher", "no alignment": "no alignment", "linear-1": "linear, stage 1",
-        "linear-2": "linear, stage 2 alone", "linear-12": "linear, stages 1 + 2",
-        "linear_conv-1": "linear_conv, stage 1", "linear_conv-2": "linear_conv, stage 2 alone",
-        "linear_conv-12": "linear_conv, stages 1 + 2",
-        "linear_conv-12-of-500": "the same, from 500 photos"}
-SCORES = {"cls_cosine": "cls cosine", "patch_cosine": "patch cosine", "top-1 224": "top-1, 224 px",
-          "mIoU 224, linear head": "mIoU, 224 px", "mIoU 224, mask head": "mask head",
-          "mIoU 448, linear head": "mIoU, 448 px",
-          "mIoU 448, linear head of 224": "448 px, head of 224",
-          "mIoU 672, linear head of 448": "672 px, head of 448"}
-
-
-def retention(rows=ROWS, columns=SCORES):
-    """Scores of frozen backbones; in brackets percent of the teacher's."""
-    found = {(line["row"], line["column"]): float(line["mean"]) for line in read("study-h200.csv")}
-
-    def cell(row, column):
-        value, best = found.get((row, column)), found.get(("teacher", column))
-        if value is None:
-            return "-"
-        if "cosine" in column:
-            return f"{value:.3f}"
-        return f"{value:.1f}" + (f" ({100 * value / best:.1f}%)" if row != "teacher" else "")
-
-    return table(["frozen backbone", *(SCORES[column] for column in columns)],
-                 [[ROWS[row], *(cell(row, column) for column in columns)] for row in rows])
+def retention():
+    """Frozen backbones on an H200."""
+    one, two = ([f"{name}, {stage}" for stage in ("stage 1", "stage 2 alone", "stages 1 + 2")]
+                for name in ("linear", "linear_conv"))
+    return scores("study-h200.csv", ["teacher", "no alignment", *one, *two,
+                                     "the same, from 500 photos"], {
+        "cls_cosine": "cls cosine", "patch_cosine": "patch cosine", "top-1 224": "top-1, 224 px",
+        "mIoU 224, linear head": "mIoU, 224 px", "mIoU 224, mask head": "mask head",
+        "mIoU 448, linear head": "mIoU, 448 px",
+        "mIoU 448, linear head of 224": "448 px, head of 224",
+        "mIoU 672, linear head of 448": "672 px, head of 448"}, percent=True)
 
 
 def retention_short():
-    return retention(["teacher", "no alignment", "linear-12", "linear_conv-12"],
-                     ["top-1 224", "mIoU 224, linear head", "mIoU 448, linear head"])
+    return scores("study-h200.csv", ["teacher", "no alignment", "linear, stages 1 + 2",
+                                     "linear_conv, stages 1 + 2"], {
+        "top-1 224": "top-1, 224 px", "mIoU 224, linear head": "mIoU, 224 px",
+        "mIoU 448, linear head": "mIoU, 448 px"}, percent=True)
+
+
+def sizes():
+    """linear_conv at 224 pixels and larger, with its taps fixed, spread, and after more steps."""
+    return scores("study-cpu-224.csv", ["teacher", "stage 2 at 224, taps 1 patch apart",
+                                        "stage 2 at 224", "the same, 320 steps of stage 2"], {
+        "classify 0": "top-1, 224 px", "segment 0": "mIoU, 224 px",
+        "segment-at-2-times 0": "448 px, head of 224",
+        "segment-at-3-times-quarter 0": "672 px, head of 224, 121 photos",
+        "tune-classify 0": "top-1, tuned"})
+
+
+def tuned(*steps):
+    """Frozen and tuned backbones at 112 pixels. steps: of stages 1 and 2, by operator."""
+    rows = steps or ["linear, 640 + 0", "linear, 160 + 160", "linear, 640 + 320",
+                     "linear_conv, 160 + 0", "linear_conv, 640 + 0", "linear_conv, 160 + 160",
+                     "linear_conv, 640 + 640", "linear_conv, 640 + 640 at 2e-5"]
+    return scores("study-cpu-112.csv", ["teacher", "linear_conv, no alignment", *rows,
+                                        "linear_conv, random weights"], {
+        "classify 0": "top-1, frozen", "tune-classify 0": "top-1, tuned",
+        "segment 0": "mIoU, frozen", "tune-segment 0": "mIoU, tuned"})
+
+
+def tuned_short():
+    return tuned("linear, 640 + 320", "linear_conv, 640 + 640")
+
+
+def fig5():
+    """Stage 1's loss by what it trains."""
+    lines = read("fig5-cpu.csv")
+    return table(list(lines[0]), [list(line.values()) for line in lines])
 
 
 def efficiency(*dtypes):
@@ -107,67 +145,6 @@ def efficiency(*dtypes):
 
 def efficiency_short():
     return efficiency("bfloat16")
-
-
-def scores(name, rows, columns):
-    """Scores of a study on a CPU: the mean over seeds, and how many seeds there were, if several.
-    In brackets: minus the teacher's, of the same seeds."""
-    found = values(name)
-
-    def cell(row, column):
-        if not (seeds := found.get((row, column))):
-            return "-"
-        text, best = f"{mean(seeds.values()):.1f}", found.get(("teacher", column), {})
-        if row != "teacher" and (both := seeds.keys() & best):
-            less = mean(seeds[seed] - best[seed] for seed in both)
-            text += f" ({less:+.1f})"
-        return text + (f", {len(seeds)} seeds" if len(seeds) > 1 else "")
-
-    there = {row for row, _ in found}
-    columns = {key: title for key, title in columns.items() if any(key == x for _, x in found)}
-    return table(["backbone", *columns.values()],
-                 [[title, *(cell(row, column) for column in columns)]
-                  for row, title in rows.items() if row in there])
-
-
-def sizes():
-    """linear_conv at 224 pixels and larger, with its taps fixed, spread, and after more steps."""
-    return scores("study-cpu-224.csv", {
-        "teacher": "teacher", "linear_conv-fixed": "stage 2 at 224, taps 1 patch apart",
-        "linear_conv": "stage 2 at 224", "linear_conv-long": "the same, 320 steps of stage 2"}, {
-        "classify 0": "top-1, 224 px", "segment 0": "mIoU, 224 px", "segment-at-2-times 0":
-        "448 px, head of 224", "segment-at-3-times-quarter 0": "672 px, head of 224, 121 photos",
-        "tune-classify 0": "top-1, tuned"})
-
-
-TUNED = {                               # operator and steps of stages 1 and 2 -> title
-    "teacher": "teacher", "linear_conv-none": "linear_conv, no alignment",
-    "linear-640-0": "linear, 640 + 0", "linear-160-160": "linear, 160 + 160",
-    "linear-640-320": "linear, 640 + 320", "linear_conv-160-0": "linear_conv, 160 + 0",
-    "linear_conv-640-0": "linear_conv, 640 + 0",
-    "linear_conv-160-160": "linear_conv, 160 + 160",
-    "linear_conv-640-640": "linear_conv, 640 + 640",
-    "linear_conv-640-640-2e-5": "linear_conv, 640 + 640 at 2e-5",
-    "linear_conv-scratch": "linear_conv, random weights"}
-
-
-def tuned(rows=TUNED):
-    """Frozen and tuned backbones at 112 pixels."""
-    return scores("study-cpu-112.csv", rows, {
-        "classify 0": "top-1, frozen", "tune-classify 0": "top-1, tuned",
-        "segment 0": "mIoU, frozen", "tune-segment 0": "mIoU, tuned"})
-
-
-def tuned_short():
-    rows = ("teacher", "linear_conv-none", "linear-640-320", "linear_conv-640-0",
-            "linear_conv-640-640", "linear_conv-640-640-2e-5", "linear_conv-scratch")
-    return tuned({row: TUNED[row] for row in rows})
-
-
-def fig5():
-    """Stage 1's loss by what it trains."""
-    lines = read("fig5-cpu.csv")
-    return table(list(lines[0]), [list(line.values()) for line in lines])
 
 
 PAGES = {"README.md": [demo, retention_short, tuned_short, efficiency_short],
