@@ -172,7 +172,8 @@ def main(argv=None):
     scaler = torch.amp.GradScaler(device, 2.0 ** 12, enabled=dtype == torch.float16)
 
     teacher, student, digest = load_pair(args.teacher, args.student, args.attention, args.size)
-    args.size = teacher.arch.pixels[0] if args.size is None else args.size
+    usual = student.header.get("size", teacher.arch.pixels[0])
+    args.size = usual if args.size is None else args.size
     teacher.grid_of(args.size, args.size)               # a multiple of the patch, or an InputError
     by_block = trained_parameters(student, args.train)
     parameters = sum(by_block, [])
@@ -229,7 +230,7 @@ def main(argv=None):
             errors = relative_error(teacher, student, [few], device, dtype)
             progress.log(held_out=sum(errors) / len(errors))
 
-    facts = dict(stage="attention", teacher=digest, training={
+    facts = dict(stage="attention", teacher=digest, size=args.size, training={
         key: getattr(args, key) for key in ("train", "size", "steps", "batch_size", "lr", "seed")})
     save_vit(student, out / "student.safetensors", **facts)
     before, after = kept["before"], relative_error(teacher, student, held_out, device, dtype)

@@ -15,7 +15,6 @@ one of LAYOUTS fits the folder, masks hold an id a pixel, and classes.txt may na
 by line. Photos keep their shape: the shorter side becomes --size, each side the nearest multiple of
 the patch. The score counts the masks' own pixels. A tuned backbone sees crops of 0.5 to 2 times
 that size.
---head mask adds two blocks of the backbone's own attention, in which classes are tokens, too.
 It writes to --out: a checkpoint for each of --weights, metrics.json (the score of every class is
 there), log.jsonl, and to segment ROW-segment.png; with --predict masks of the photos' own sizes.
 """
@@ -50,9 +49,7 @@ HEAD_DECAY = 0.1            # is the weight decay of a standardised head
 HEAD_BATCH = 16             # times --batch-size are in its batch, because features are cheap
 HEAD_LR = 10                # a tuned backbone's head learns this much faster than the backbone
 HEAD_PHOTOS = 2000          # at most, from which the head of a tuned backbone starts
-# The head of a frozen backbone learns from POINTS x POINTS pixels of the mask a patch: as well as
-# from all (VOC mIoU after 150 steps; 4: 24.6, all: 24.1, 1: 23.7), in about a tenth of the time.
-POINTS = 4
+POINTS = 4                  # squared: pixels of a patch's mask that teach a frozen backbone's head
 
 
 def parse(argv):

@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
+import align_attention
+import align_features
 import finetune
 from conftest import (ARCH, SIZE, brief, call, log_of, moved, random_images, random_vit,
                       refusal, same, seeded)
@@ -330,6 +332,18 @@ def test_kind_of_head_and_size_are_remembered(files, tmp_path, freeze):
     call(finetune, "--weights", file, "--predict", files / "segment/val/images", "--out",
          tmp_path / "predicted")
     assert len(list((tmp_path / "predicted/masks").iterdir())) == 5
+
+
+def test_without_size_a_student_goes_on_at_its_own(files, tmp_path):
+    teacher, one, two = files / "teacher.safetensors", tmp_path / "one", tmp_path / "two"
+    brief(align_attention, files, one, "--size", 16, "--steps", 1)
+    flags = "--steps", 1, "--batch-size", 4, "--dtype", "float32"
+    call(align_features, "--teacher", teacher, "--student", one / "student.safetensors", "--data",
+         files / "photos", *flags, "--out", two)
+    call(finetune, "--weights", two / "student.safetensors", "--data", files / "classify", *flags,
+         "--out", tmp_path / "three")
+    assert json.loads((two / "report.json").read_text())["arguments"]["size"] == 16
+    assert rows_of(tmp_path / "three")[0]["size"] == 16
 
 
 def test_predict_labels_as_evaluate_does(files, tuned, tmp_path):
