@@ -183,7 +183,7 @@ def main(argv=None):
     scaler = torch.amp.GradScaler(device, 2.0 ** 12, enabled=dtype == torch.float16)
 
     teacher, student, digest = load_pair(args.teacher, args.student, args.attention, args.size)
-    usual = student.header.get("size", teacher.arch.pixels[0])
+    usual = (student.header or teacher.header).get("size", teacher.arch.pixels[0])
     args.size = usual if args.size is None else args.size
     teacher.grid_of(args.size, args.size)               # a multiple of the patch, or an InputError
     source, held_out = unlabelled(args.data) if args.data else (Shapes("train"), Shapes("val"))

@@ -549,6 +549,7 @@ def load_pair(teacher, student=None, attention=None, size=None):
         content.update(name.encode() + tensor.numpy().tobytes())
     digest = content.hexdigest()
     if student is None:
+        size = theirs.header.get("size") if size is None else size      # of a fine-tuned teacher
         return theirs, linearize(theirs, attention or "linear", size), digest
     ours = load_vit(student)
     if attention not in (None, ours.attention):

@@ -334,12 +334,15 @@ def test_kind_of_head_and_size_are_remembered(files, tmp_path, freeze):
     assert len(list((tmp_path / "predicted/masks").iterdir())) == 5
 
 
-def test_without_size_a_student_goes_on_at_its_own(files, tmp_path):
-    teacher, one, two = files / "teacher.safetensors", tmp_path / "one", tmp_path / "two"
-    brief(align_attention, files, one, "--size", 16, "--steps", 1)
+def test_without_size_a_tuned_teacher_and_its_student_keep_theirs(files, tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    brief(finetune, files, tmp_path / "zero", "--size", 16, "--steps", 1)
     flags = "--steps", 1, "--batch-size", 4, "--dtype", "float32"
-    call(align_features, "--teacher", teacher, "--student", one / "student.safetensors", "--data",
-         files / "photos", *flags, "--out", two)
+    same_teacher = ("--teacher", tmp_path / "zero/0-classify.safetensors", "--data",
+                    files / "photos", *flags)
+    call(align_attention, *same_teacher, "--attention", "linear_conv", "--out", one)
+    assert load_vit(one / "student.safetensors").arch.aligned == 2
+    call(align_features, *same_teacher, "--student", one / "student.safetensors", "--out", two)
     call(finetune, "--weights", two / "student.safetensors", "--data", files / "classify", *flags,
          "--out", tmp_path / "three")
     assert json.loads((two / "report.json").read_text())["arguments"]["size"] == 16
