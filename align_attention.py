@@ -172,7 +172,7 @@ def main(argv=None):
     scaler = torch.amp.GradScaler(device, 2.0 ** 12, enabled=dtype == torch.float16)
 
     teacher, student, digest = load_pair(args.teacher, args.student, args.attention, args.size)
-    usual = (student.header or teacher.header).get("size", teacher.arch.pixels[0])
+    usual = (teacher.header | student.header).get("size", teacher.arch.pixels[0])
     args.size = usual if args.size is None else args.size
     teacher.grid_of(args.size, args.size)               # a multiple of the patch, or an InputError
     by_block = trained_parameters(student, args.train)
@@ -230,7 +230,7 @@ def main(argv=None):
             errors = relative_error(teacher, student, [few], device, dtype)
             progress.log(held_out=sum(errors) / len(errors))
 
-    facts = dict(stage="attention", teacher=digest, size=args.size, training={
+    facts = student.header | dict(stage="attention", teacher=digest, size=args.size, training={
         key: getattr(args, key) for key in ("train", "size", "steps", "batch_size", "lr", "seed")})
     save_vit(student, out / "student.safetensors", **facts)
     before, after = kept["before"], relative_error(teacher, student, held_out, device, dtype)

@@ -183,7 +183,7 @@ def main(argv=None):
     scaler = torch.amp.GradScaler(device, 2.0 ** 12, enabled=dtype == torch.float16)
 
     teacher, student, digest = load_pair(args.teacher, args.student, args.attention, args.size)
-    usual = (student.header or teacher.header).get("size", teacher.arch.pixels[0])
+    usual = (teacher.header | student.header).get("size", teacher.arch.pixels[0])
     args.size = usual if args.size is None else args.size
     teacher.grid_of(args.size, args.size)               # a multiple of the patch, or an InputError
     source, held_out = unlabelled(args.data) if args.data else (Shapes("train"), Shapes("val"))
@@ -232,7 +232,7 @@ def main(argv=None):
 
     alone = student.header.get("stage") in (None, "features")       # without stage 1
     stage = "features" if alone else "attention+features"
-    facts = dict(stage=stage, teacher=digest, size=args.size, training={
+    facts = student.header | dict(stage=stage, teacher=digest, size=args.size, training={
         key: getattr(args, key) for key in ("loss", "size", "steps", "batch_size", "lr", "seed")})
     save_vit(student, out / "student.safetensors", **facts)
     before, after = kept["before"], measure(student.eval(), held_out)

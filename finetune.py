@@ -31,7 +31,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Subset
 from torchvision.transforms import v2
 
-from model import ATTENTION, Block, ViT, linearize, load_vit, read_weights, save_vit, weights_file
+from model import ATTENTION, Block, ViT, linearize, load_vit, save_vit, weights_file
 from support.labels import IGNORE, PALETTE, by_shape, draw_segments, load_data, read_item, views_of
 from support.photos import Draws, find_images, names, permutation, read_image
 from support.runs import RANK, WORLD, InputError, Progress, autocast, average_gradients
@@ -169,11 +169,10 @@ def make_head(arch, task, classes, kind="linear", attention="softmax"):
     return nn.Linear(arch.width * (1 + arch.cls), classes)
 
 
-def load_head(head, spec):
-    """Give a head the weights head.* of a checkpoint. -> the head."""
-    tensors = read_weights(weights_file(spec)[0])[0]
+def load_head(head, vit, spec):
+    """Give a head the weights that came with a ViT from file `spec`. -> the head."""
     try:
-        head.load_state_dict({n[5:]: t for n, t in tensors.items() if n.startswith("head.")})
+        head.load_state_dict(vit.head)
     except RuntimeError as error:                       # a mask head has its operator's parameters
         raise InputError(f"{spec} has no whole task head for this attention: {error}") from None
     return head
@@ -242,7 +241,7 @@ def load_backbone(spec, args):
     if operator in (None, vit.attention):
         return vit, name, vit.header.get("stage", "pretrained")
     swapped = linearize(vit, operator, args.size)
-    swapped.header = vit.header                         # its size and kind of head
+    swapped.header, swapped.head = vit.header, vit.head
     stage = vit.header.get("stage", "pretrained")       # a student was aligned, but not for this
     return swapped, name, "none" if vit.attention == "softmax" else f"{stage}, swapped"
 
@@ -257,7 +256,7 @@ def begin_row(spec, args, classes, ids):
     wanted = dict(task=args.task, classes=classes, ids=ids, head_kind=args.head)
     other = [key for key, value in wanted.items() if vit.header.get(key) != value]
     if not other:
-        load_head(head, file)
+        load_head(head, vit, file)
     if "classes" in vit.header:
         print(f"{spec}:", f"a new head, its own has another {', '.join(other)}" if other else
               "its head is kept")
@@ -437,7 +436,7 @@ def predict(args, device, dtype):
     size = header["size"] if args.size is None else args.size
     vit.grid_of(size, size)
     head = make_head(vit.arch, task, len(classes), header["head_kind"], vit.attention)
-    vit, head = vit.to(device, wide), load_head(head, spec).to(device, wide).eval()
+    vit, head = vit.to(device, wide), load_head(head, vit, spec).to(device, wide).eval()
     ids = torch.tensor(header["ids"])
     photos = {}                                         # real path: (as given, name of its mask)
     for given in map(Path, args.predict):

@@ -275,13 +275,14 @@ class Block(nn.Module):
 
 class ViT(nn.Module):
     """Pre-norm Vision Transformer of every family in FAMILIES. attention: its name in ATTENTION.
-    header: what its file says. recompute: blocks again in the backward pass, to save memory."""
+    header, head: its file's facts and task head. recompute: blocks again in the backward pass."""
 
     def __init__(self, arch, attention="softmax"):
         super().__init__()
         if attention not in ATTENTION:
             raise InputError(f"attention '{attention}' is unknown: expected {', '.join(ATTENTION)}")
-        self.arch, self.attention, self.header, self.recompute = arch, attention, {}, False
+        self.arch, self.attention, self.recompute = arch, attention, False
+        self.header, self.head = {}, {}
         self.patch_embed = nn.Module()                  # for its name, patch_embed.proj
         self.patch_embed.proj = nn.Conv2d(3, arch.width, arch.patch, stride=arch.patch,
                                           bias=not arch.norm_pre)       # CLIP has none
@@ -492,6 +493,7 @@ def load_vit(spec):
     InputError: not readable, or a tensor missing, extra, mis-shaped, integer or not finite."""
     path, name = weights_file(spec)
     tensors, header = read_weights(path)
+    head = {key[5:]: x for key, x in tensors.items() if header and key.startswith("head.")}
     if not header and name is None:
         raise InputError(f"{path} does not say which ViT it is: write NAME={path} with a NAME that "
                          "`python model.py` lists")
@@ -521,7 +523,7 @@ def load_vit(spec):
         raise InputError(f"{path} does not fit {name or 'its header'}: {one_line(error)}") from None
     if name:
         print(f"{path}: read as {name}, mean {arch.mean}, std {arch.std}, position {arch.position}")
-    model.header = header
+    model.header, model.head = header, head
     return model.eval()
 
 
@@ -540,7 +542,7 @@ def linearize(model, attention="linear", size=None):
 
 def load_pair(teacher, student=None, attention=None, size=None):
     """Stages 1 and 2: -> (softmax teacher, student to train, sha256 of the teacher's tensors).
-    student: a file that this teacher aligned; None: linearize() of it, at this size."""
+    student: a file that this teacher aligned; None: linearize() of it, at this size, with head."""
     theirs = load_vit(teacher)
     if theirs.attention != "softmax":
         raise InputError(f"{teacher} cannot teach: expected softmax, found {theirs.attention}")
@@ -548,13 +550,13 @@ def load_pair(teacher, student=None, attention=None, size=None):
     for name, tensor in sorted(theirs.state_dict().items()):
         content.update(name.encode() + tensor.numpy().tobytes())
     digest = content.hexdigest()
-    if student is None:
-        size = theirs.header.get("size") if size is None else size      # of a fine-tuned teacher
-        return theirs, linearize(theirs, attention or "linear", size), digest
-    ours = load_vit(student)
+    ours = load_vit(student) if student is not None else linearize(
+        theirs, attention or "linear", size or theirs.header.get("size"))
+    if student is None and theirs.header.get("head_kind") == "linear":  # masks': softmax of its own
+        ours.head, ours.header = theirs.head, theirs.header | {"stage": None}
     if attention not in (None, ours.attention):
         raise InputError(f"--attention {attention}: {student} has {ours.attention} attention")
-    if ours.arch != theirs.arch or ours.header.get("teacher") != digest:
+    if student is not None and (ours.arch, ours.header.get("teacher")) != (theirs.arch, digest):
         raise InputError(f"{student} was not aligned to {teacher}: give its own teacher, or run "
                          "stage 1 again with this one")
     return theirs, ours, digest
@@ -562,11 +564,10 @@ def load_pair(teacher, student=None, attention=None, size=None):
 
 def save_vit(model, path, head=None, **facts):
     """Write a ViT, and a task head as head.*, with architecture, operator and facts as a header."""
-    tensors = model.state_dict()
-    tensors |= {f"head.{name}": t for name, t in (head.state_dict() if head else {}).items()}
+    tensors, head = model.state_dict(), head.state_dict() if head else model.head
+    tensors |= {f"head.{name}": tensor for name, tensor in head.items()}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     header = {"architecture": asdict(model.arch), "attention": model.attention, **facts}
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, save(tensors, metadata={"adala": json.dumps(header)}))
 
 

@@ -28,7 +28,7 @@ def confusions(file, task, size, items, ids, device, dtype):
     if [vit.header.get(key) for key in ("task", "size", "ids")] != [task, size, ids]:
         raise InputError(f"{file}: expected a checkpoint for {task} at {size} pixels, ids {ids}")
     head = make_head(vit.arch, task, K, vit.header["head_kind"], vit.attention)
-    vit, head = vit.to(device), load_head(head, file).to(device).eval()
+    vit, head = vit.to(device), load_head(head, vit, file).to(device).eval()
     lookup = torch.tensor([ids.index(i) if i in ids else IGNORE for i in range(256)]).byte()
     whole = views_of(task, size, vit.arch.patch)[1]
     for item in items:

@@ -25,7 +25,7 @@ from conftest import (ARCH, SIZE, brief, call, log_of, moved, random_images, ran
 from demo import shapes
 from finetune import (HEADS, PALETTE, evaluate, features_of, make_head, standardised, task_loss,
                       upsampled_classes)
-from model import load_vit, read_weights
+from model import load_pair, load_vit, read_weights
 from support.labels import IGNORE
 
 FREEZE = pytest.mark.parametrize("freeze", ([], ["--freeze"]), ids=("tuned", "frozen"))
@@ -44,7 +44,7 @@ def rows_of(out):
 
 
 def head_of(checkpoint, task):
-    return finetune.load_head(make_head(ARCH, task, 2), checkpoint)
+    return finetune.load_head(make_head(ARCH, task, 2), load_vit(checkpoint), checkpoint)
 
 
 def test_the_demo_runs_without_data(tmp_path, monkeypatch):
@@ -334,19 +334,25 @@ def test_kind_of_head_and_size_are_remembered(files, tmp_path, freeze):
     assert len(list((tmp_path / "predicted/masks").iterdir())) == 5
 
 
-def test_without_size_a_tuned_teacher_and_its_student_keep_theirs(files, tmp_path):
-    one, two = tmp_path / "one", tmp_path / "two"
-    brief(finetune, files, tmp_path / "zero", "--size", 16, "--steps", 1)
-    flags = "--steps", 1, "--batch-size", 4, "--dtype", "float32"
-    same_teacher = ("--teacher", tmp_path / "zero/0-classify.safetensors", "--data",
-                    files / "photos", *flags)
-    call(align_attention, *same_teacher, "--attention", "linear_conv", "--out", one)
+def test_head_and_size_of_a_tuned_teacher_go_along_with_its_student(files, tmp_path):
+    tuned, one, two = (tmp_path / name for name in ("zero/0-classify.safetensors", "one", "two"))
+    brief(finetune, files, tuned.parent, "--size", 16)
+    flags = "--batch-size", 4, "--dtype", "float32", "--steps"
+    photos = "--teacher", tuned, "--data", files / "photos", *flags, 1
+    call(align_attention, *photos, "--attention", "linear_conv", "--out", one)
     assert load_vit(one / "student.safetensors").arch.aligned == 2
-    call(align_features, *same_teacher, "--student", one / "student.safetensors", "--out", two)
+    call(align_features, *photos, "--student", one / "student.safetensors", "--out", two)
     call(finetune, "--weights", two / "student.safetensors", "--data", files / "classify", *flags,
-         "--out", tmp_path / "three")
-    assert json.loads((two / "report.json").read_text())["arguments"]["size"] == 16
-    assert rows_of(tmp_path / "three")[0]["size"] == 16
+         0, "--out", tmp_path / "three")
+    (row,) = rows_of(tmp_path / "three")
+    assert row["size"] == 16 and row["kept_head"] and row["stage"] == "attention+features"
+    assert same(head_of(two / "student.safetensors", "classify"), head_of(tuned, "classify"))
+
+
+def test_a_mask_head_does_not_go_along_because_it_has_softmax_of_its_own(files, tmp_path):
+    tune(files, tmp_path, "segment", "--head", "mask", "--steps", 1)
+    teacher, student, _ = load_pair(tmp_path / "0-segment.safetensors")
+    assert teacher.head and not student.head and not student.header
 
 
 def test_predict_labels_as_evaluate_does(files, tuned, tmp_path):
