@@ -8,8 +8,8 @@ the student runs on its own, every weight is tuned, and only the final tokens ar
         --student runs/attention/student.safetensors            # after stage 1 on your photos
     python align_features.py --teacher ... --data ... --attention linear    # without stage 1
 
-It reads teacher, student and photos. It writes to --out: student.safetensors, log.jsonl,
-report.json and features.png (photo, teacher's and student's patch features as colours).
+It reads teacher, student and photos. It writes to --out: student.safetensors (with the head of a
+fine-tuned teacher), log.jsonl, report.json and features.png (patch features as colours).
 """
 import math
 from argparse import ArgumentParser, RawDescriptionHelpFormatter

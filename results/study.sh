@@ -10,7 +10,8 @@
 # BATCH for a tuned backbone.
 # PARTS: classify and segment (frozen), larger (that head to segment at 2 SIZE and 3 SIZE),
 # tune-classify, tune-segment, tune-mask (the mask head). OUT: folder to write. FLAGS: more flags.
-# RATE: of stage 2 (default: the script's own; of stage 2 alone 2e-4). After all rows:
+# RATE: of stage 2 (default: the script's own; of stage 2 alone 2e-4). WEIGHTS may also be a teacher
+# that finetune.py has tuned. After all rows:
 #   python results/tables.py collect runs/study results/study.csv
 set -euo pipefail
 SIZE=${SIZE:-224} STEPS=${STEPS:-640} TWO=${TWO:-$STEPS} BATCH=${BATCH:-32} TUNED=${TUNED:-400}

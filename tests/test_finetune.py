@@ -342,6 +342,8 @@ def test_head_and_size_of_a_tuned_teacher_go_along_with_its_student(files, tmp_p
     call(align_attention, *photos, "--attention", "linear_conv", "--out", one)
     assert load_vit(one / "student.safetensors").arch.aligned == 2
     call(align_features, *photos, "--student", one / "student.safetensors", "--out", two)
+    call(align_features, *photos, "--out", tmp_path / "alone")
+    assert load_vit(tmp_path / "alone/student.safetensors").header["stage"] == "features"
     call(finetune, "--weights", two / "student.safetensors", "--data", files / "classify", *flags,
          0, "--out", tmp_path / "three")
     (row,) = rows_of(tmp_path / "three")
