@@ -458,7 +458,6 @@ def predict(args, device, dtype):
                 continue
             mask = upsampled_classes(logits, photo.shape[1:])[0].cpu()
             target = out / "masks" / f"{name}.png"      # with its suffix: not a.jpg's over a.png's
-            target.parent.mkdir(parents=True, exist_ok=True)
             image = Image.fromarray(ids[mask].byte().numpy())
             image.putpalette((PALETTE * 255).byte().flatten().tolist())
             write_whole(target, partial(image.save, format="png"))

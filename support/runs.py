@@ -71,6 +71,7 @@ def write_whole(path, content):
     elif not isinstance(content, bytes):
         content = json.dumps(content, indent=1, allow_nan=False).encode()
     part = Path(path).with_name(f".{Path(path).name}.part")
+    part.parent.mkdir(parents=True, exist_ok=True)
     try:
         part.write_bytes(content)
         part.replace(path)

@@ -45,7 +45,7 @@ def test_students_are_copies_and_their_files_are_loaded_bit_for_bit(path, capsys
     for name, tensor in teacher.state_dict().items():
         own = student.state_dict()[name]
         assert torch.equal(own, tensor) and own.data_ptr() != tensor.data_ptr()
-    path = path.parent / "student.safetensors"
+    path = path.parent / "new/student.safetensors"
     save_vit(randomise(student, seed=1), path, head=head, note="of this run", epochs=3)
     again = load_vit(path)
     assert same(linearize(student, attention), student)                 # what it learnt stays
