@@ -549,17 +549,17 @@ def load_pair(teacher, student=None, attention=None, size=None):
     content = hashlib.sha256()
     for name, tensor in sorted(theirs.state_dict().items()):
         content.update(name.encode() + tensor.numpy().tobytes())
-    digest = content.hexdigest()
     ours = load_vit(student) if student is not None else linearize(
         theirs, attention or "linear", size or theirs.header.get("size"))
-    if student is None and theirs.header.get("head_kind") == "linear":  # masks': softmax of its own
-        ours.head, ours.header = theirs.head, theirs.header | {"stage": None}
+    if theirs.header.get("head_kind") == "linear":      # a mask head has softmax of its own
+        ours.head, of_head = theirs.head, ("task", "classes", "ids", "head_kind")
+        ours.header |= {key: theirs.header[key] for key in of_head}
     if attention not in (None, ours.attention):
         raise InputError(f"--attention {attention}: {student} has {ours.attention} attention")
-    if student is not None and (ours.arch, ours.header.get("teacher")) != (theirs.arch, digest):
-        raise InputError(f"{student} was not aligned to {teacher}: give its own teacher, or run "
-                         "stage 1 again with this one")
-    return theirs, ours, digest
+    if student is not None and (ours.arch, ours.header.get("teacher")) != (
+            theirs.arch, content.hexdigest()):
+        raise InputError(f"{student} was not aligned to {teacher}: give its own, or repeat stage 1")
+    return theirs, ours, content.hexdigest()
 
 
 def save_vit(model, path, head=None, **facts):

@@ -129,7 +129,7 @@ def tuned_first():
     """Students of a teacher that was tuned to segment before."""
     return scores("tuned-first-cpu-112.csv", [
         "teacher", "linear, 320 + 0", "linear, 320 + 320", "linear_conv, 320 + 0",
-        "linear_conv, 320 + 320"], {
+        "linear_conv, 320 + 320", "linear_conv, 320 + 320, a new head"], {
         "own-head 0": "mIoU, the teacher's head", "segment 0": "frozen, 400 steps more",
         "tune-segment 0": "tuned, 150 steps more"})
 

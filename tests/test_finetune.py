@@ -351,6 +351,16 @@ def test_head_and_size_of_a_tuned_teacher_go_along_with_its_student(files, tmp_p
     assert same(head_of(two / "student.safetensors", "classify"), head_of(tuned, "classify"))
 
 
+def test_the_head_is_that_of_the_teacher_named_last(files, tmp_path, chain):
+    """Frozen checkpoints have their teacher's backbone, so that its students fit them, too."""
+    tune(files, tmp_path, "classify", "--freeze", "--steps", 1)
+    student = chain / "one/student.safetensors"
+    assert not load_pair(chain / "teacher.safetensors", student)[1].head
+    _, ours, _ = load_pair(tmp_path / "0-classify.safetensors", student)
+    assert not moved(load_vit(tmp_path / "0-classify.safetensors").head, ours.head)
+    assert ours.header["stage"] == "attention" and ours.header["classes"] == ["blue", "red"]
+
+
 def test_a_mask_head_does_not_go_along_because_it_has_softmax_of_its_own(files, tmp_path):
     tune(files, tmp_path, "segment", "--head", "mask", "--steps", 1)
     teacher, student, _ = load_pair(tmp_path / "0-segment.safetensors")
