@@ -40,7 +40,7 @@ def parse(argv):
     flag("--student", help="a student of this teacher to train further (default: the teacher, "
          "with its attention swapped)")
     flag("--attention", choices=ATTENTION, help="operator without --student (default: linear)")
-    flag("--data", nargs="+", help="folders of photos, or torchvision sets (default: the demo's)")
+    flag("--data", nargs="+", help="folders of photos (default: the demo's)")
     flag("--train", choices=GROUPS, nargs="+", default=GROUPS,
          help="what is tuned: query, key and value (the paper's), the operator's own parameters, "
          "the output projection (default: all three)")

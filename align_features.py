@@ -39,7 +39,7 @@ def parse(argv):
     flag("--student", help="a student of this teacher to train further (default: the teacher, "
          f"with its attention swapped; demo: {DEMO['student']})")
     flag("--attention", choices=ATTENTION, help="operator without --student (default: linear)")
-    flag("--data", nargs="+", help="folders of photos, or torchvision sets (default: the demo's)")
+    flag("--data", nargs="+", help="folders of photos (default: the demo's)")
     flag("--loss", choices=LOSS, default="whitened",
          help="of final tokens (default: whitened; the paper's: mse)")
     flag("--lr", type=float, help="peak learning rate; the better stage 1 was, the lower (default: "

@@ -63,7 +63,7 @@ def parse(argv):
     flag("--from-scratch", action="store_true", help="start from random weights")
     flag("--predict", metavar="PHOTOS", nargs="+",
          help="label photos or folders with the one checkpoint in --weights, train nothing")
-    flag("--data", help="a folder (see above), or a torchvision set (default: the demo's)")
+    flag("--data", help="a folder, see above (default: the demo's)")
     flag("--head", choices=HEADS, help="to segment (default: a checkpoint's own, else linear)")
     flag("--ignore", type=int, nargs="+", help="ids in masks that count nowhere, -1 for none "
          f"(default: {IGNORE} and the layout's)")

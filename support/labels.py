@@ -12,8 +12,7 @@ from torchvision.datasets import Cityscapes
 from torchvision.transforms import v2
 
 from demo.shapes import Shapes
-from support.photos import BICUBIC, SETS, find_images, open_set, read_image, refuse_shared
-from support.photos import save_picture, views
+from support.photos import BICUBIC, find_images, read_image, refuse_shared, save_picture, views
 from support.runs import InputError, bar, one_line
 
 TEXT = dict(encoding="utf-8-sig", errors="replace")     # with a byte-order mark or without
@@ -40,11 +39,11 @@ LAYOUTS = {
 
 
 def read_mask(source):
-    """Path, PIL image or mask of the demo -> ids as the file stores them, uint8 (H, W)."""
+    """Path, or mask of the demo -> ids as the file stores them, uint8 (H, W)."""
     if isinstance(source, torch.Tensor):
         return source
     try:
-        image = source if isinstance(source, Image.Image) else Image.open(source)
+        image = Image.open(source)
         if image.format != "PNG" or image.mode not in ("1", "L", "P"):
             raise ValueError(f"expected a PNG, an id a pixel, found {image.format} {image.mode}")
         stretch = {"L;2": 85, "L;4": 17}.get(image.tile[0][3], 1)   # Pillow's, of 2 and 4 bits
@@ -120,7 +119,7 @@ def look(part, i, segment):
                 raise InputError(f"{item[-1]} has {tuple(ids.shape)} pixels, {item[0]}, upright by "
                                  f"EXIF, {tuple(shape)}: expected the same")
             return ids.flatten().bincount(minlength=256)                        # (256,)
-    except (InputError, OSError) as error:              # OSError: of a torchvision set
+    except InputError as error:
         return str(error)
 
 
@@ -131,12 +130,6 @@ def load_data(data, task, ignore=None):
     if data is None:
         parts = Shapes("train"), Shapes("val")
         names = ["background"] * segment + list(Shapes.classes)
-    elif data in SETS and not Path(data).is_dir():
-        if segment != (data == "voc2012"):
-            raise InputError(f"--data {data} has no labels for --task {task}")
-        parts = open_set(data)
-        names = LAYOUTS["VOC"]["names"] if segment else [
-            name if isinstance(name, str) else name[0] for name in parts[0].classes]
     elif segment:
         *parts, names, row = by_layout(data)
     else:

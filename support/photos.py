@@ -9,21 +9,14 @@ from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
-from torch.utils.data import ConcatDataset, DataLoader, Dataset
-from torchvision import datasets
+from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets.folder import is_image_file
 from torchvision.transforms import v2
 from torchvision.utils import make_grid
 
-from support.runs import RANK, WORLD, InputError, leave_signals, one_line, rank_0_first, write_whole
+from support.runs import RANK, WORLD, InputError, leave_signals, one_line, write_whole
 
 BICUBIC = dict(interpolation=v2.InterpolationMode.BICUBIC, antialias=True)  # of every family
-SETS = {            # torchvision's downloads: class, its word for a part, training, held-out part
-    "imagenette": (partial(datasets.Imagenette, size="320px"), "split", "train", "val"),
-    "flowers102": (datasets.Flowers102, "split", "train", "test"),
-    "pets": (datasets.OxfordIIITPet, "split", "trainval", "test"),
-    "voc2012": (datasets.VOCSegmentation, "image_set", "train", "val"),
-}
 # Folders of masks in labels.LAYOUTS, and what lies beside them: no photos.
 MASK_FOLDERS = {"masks", "annotations", "trainannot", "valannot", "testannot", "gtFine", "gtCoarse",
                 "SegmentationClass", "SegmentationObject"}
@@ -37,15 +30,15 @@ def views(size):
 
 
 def read_image(source, short=None):
-    """Path, PIL image, tensor of the demo, or a tuple that begins with one -> uint8 (3, H, W), RGB,
-    upright by EXIF. InputError: unreadable, more than 8 bits a channel, or above Pillow's limit.
-    short: to save time a JPEG may be decoded at 1/2, 1/4 or 1/8 of its size, as long as its shorter
-    side is at least 2 * short."""
+    """Path, tensor of the demo, or a tuple that begins with one -> uint8 (3, H, W), RGB, upright by
+    EXIF. InputError: unreadable, more than 8 bits a channel, or above Pillow's limit. short: to
+    save time a JPEG may be decoded at 1/2, 1/4 or 1/8 of its size, as long as its shorter side is
+    at least 2 * short."""
     source = source[0] if isinstance(source, tuple) else source
     if isinstance(source, torch.Tensor):
         return source
     try:
-        image = source if isinstance(source, Image.Image) else Image.open(source)
+        image = Image.open(source)
         image.filename = ""             # else Pillow maps a TIFF from it, and turns only its size
         if image.mode[0] in "IF" or math.prod(image.size) > Image.MAX_IMAGE_PIXELS:
             raise ValueError(f"{image.mode}, {image.size} pixels: expected 8 bits a channel, below "
@@ -82,21 +75,10 @@ def find_images(folder):
     return sorted(found)
 
 
-@rank_0_first()
-def open_set(name, root="data"):
-    """A set of torchvision, downloaded to `root` on first use -> [training part, held-out part]."""
-    kind, argument, *parts = SETS[name]
-    try:
-        return [kind(root, download=True, **{argument: part}) for part in parts]
-    except Exception as error:          # a package, the network, or an archive that was cut
-        raise InputError(f"--data {name} could not be had in {root}: {one_line(error)}") from None
-
-
 def names(source):
-    """The real paths of the photos of a list, or of several lists. torchvision's sets have none."""
-    lists = [part for part in getattr(source, "datasets", [source]) if isinstance(part, list)]
+    """The real paths of the photos of a list. The demo's images have none."""
     return [os.path.realpath(item[0] if isinstance(item, tuple) else item)
-            for part in lists for item in part]
+            for item in (source if isinstance(source, list) else ())]
 
 
 def refuse_shared(train, held_out):
@@ -106,21 +88,19 @@ def refuse_shared(train, held_out):
 
 
 def unlabelled(data):
-    """Photos of stages 1 and 2, from folders or names in SETS -> (training, held out), lists of
-    paths or of tuples that begin with an image. A folder is preferred to a set of its name. Held
-    out is val/ of a folder with train/ and val/, else every tenth photo, at most 256."""
-    parts = []
+    """Folders of photos for stages 1 and 2 -> (training, held out), lists of paths. Held out is
+    val/ of a folder with train/ and val/, else every tenth photo, at most 256."""
+    train, held_out = [], []
     for folder in data:
-        if folder in SETS and not Path(folder).is_dir():
-            parts.append(open_set(folder))
-        elif Path(folder, "train").is_dir() and Path(folder, "val").is_dir():
-            parts.append([find_images(Path(folder, part)) for part in ("train", "val")])
+        if Path(folder, "train").is_dir() and Path(folder, "val").is_dir():
+            train += find_images(Path(folder, "train"))
+            held_out += find_images(Path(folder, "val"))
         else:
             paths = find_images(folder)
             step = max(10, math.ceil(len(paths) / 256))
-            parts.append([[path for i, path in enumerate(paths) if i % step], paths[::step]])
-    train, held_out = map(ConcatDataset, zip(*parts))
-    if not len(train):
+            train += [path for i, path in enumerate(paths) if i % step]
+            held_out += paths[::step]
+    if not train:
         raise InputError(f"--data {data} holds one photo, which is held out: expected more")
     refuse_shared(train, held_out)
     return train, held_out
@@ -136,12 +116,11 @@ def permutation(n, seed, epoch):
 class Draws(Dataset):
     """Draw i of a run is transform(read(item)). It depends on seed and i alone, not on workers or
     processes. Each epoch is a permutation; with seed None photos come in order. skip: a photo that
-    cannot be read is named on stderr once, and the next photo takes its place."""
+    cannot be read is named on stderr, and the next photo takes its place."""
 
     def __init__(self, source, read, transform, seed=None, skip=False):
         self.source, self.read, self.transform = source, read, transform
         self.seed, self.skip = seed, skip
-        self.named = torch.zeros(len(source), dtype=torch.bool).share_memory_()     # by any worker
 
     def __len__(self):
         return len(self.source)
@@ -150,16 +129,13 @@ class Draws(Dataset):
         n = len(self)
         order = range(n) if self.seed is None else permutation(n, self.seed, i // n)
         for place in range(i, i + n):
-            photo = int(order[place % n])
             try:
-                item = self.read(self.source[photo])
+                item = self.read(self.source[int(order[place % n])])
                 break
-            except (InputError, OSError) as error:      # OSError: of a torchvision set
+            except InputError as error:
                 if not self.skip:
                     raise
-                if not self.named[photo]:
-                    print(f"left out: {error}", file=sys.stderr)
-                self.named[photo] = True
+                print(f"left out: {error}", file=sys.stderr)
         else:
             raise InputError(f"none of {n} photos can be read")
         with torch.random.fork_rng(devices=[]):

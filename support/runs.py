@@ -10,7 +10,6 @@ import io
 import json
 import math
 import os
-import re
 import signal
 import sys
 import time
@@ -79,15 +78,6 @@ def write_whole(path, content):
         part.unlink(missing_ok=True)
 
 
-def real(value, inputs):
-    """An argument, FILE, FILE:OPERATOR, NAME=FILE or a list of such, with the real paths of inputs.
-    So another spelling of a path is not another run."""
-    if isinstance(value, str):
-        return "".join(os.path.realpath(part) if Path(part) in inputs else part
-                       for part in re.split("([=:])", value))
-    return [real(each, inputs) for each in value] if isinstance(value, (list, tuple)) else value
-
-
 def claim(out, told):
     """Make the folder of the run that `told` describes, or find it. The folder of another run moves
     aside. A lock on it lasts until this process ends, however it ends."""
@@ -132,7 +122,7 @@ def open_out(args, inputs, *lists):
             raise InputError(f"--out {out} holds or lies in {path}, which is read: name another")
         digest.update(path.read_bytes() if path.is_file() else b"")
     told = {"script": Path(sys.argv[0]).name, "hash": digest.hexdigest()}
-    told |= {key: real(value, inputs) for key, value in vars(args).items()
+    told |= {key: value for key, value in json.loads(json.dumps(vars(args))).items()
              if key not in ("out", "workers", "save_every")}        # these may change
     if RANK == 0:
         claim(out, told)
@@ -154,8 +144,8 @@ def parse_args(parser, argv, out, defaults, demo, least_steps=1):
     """Add the flags that all stages share, and parse. A flag that is not given has its value of
     `demo` in a run without --data, else that of `defaults`."""
     flag, cuda = parser.add_argument, torch.cuda.is_available()
-    parser.register("type", None, lambda text: "=".join(    # ~, also in --out=~/x and NAME=~/x
-        map(os.path.expanduser, text.split("="))))
+    parser.register("type", None, lambda text: "=".join(    # ~, also in NAME=~/x; photos/ is photos
+        str(Path(os.path.expanduser(part))) for part in text.split("=")))
     flag("--size", type=int, help="pixels, a multiple of the patch (default: the weights')")
     for key in ("steps", "batch_size"):
         flag(f"--{key.replace('_', '-')}", type=int,

