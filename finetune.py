@@ -211,8 +211,8 @@ def cached(vit, batches, task, device, dtype):
 
 @torch.no_grad()
 def evaluate(vit, head, batches, task, classes, device, dtype=torch.float32):
-    """batches: lists of (inputs, targets), see by_shape; masks have their own resolution.
-    -> (top-1 or the mean IoU of classes that occur, in percent; the same for each class)."""
+    """batches: lists of (inputs, targets), see by_shape; masks have their own resolution. -> (top-1
+    or the mean IoU of classes that occur, in percent; that of each class; counts, rows: truth)."""
     confusion, segment = torch.zeros(classes, classes, dtype=torch.long), task == "segment"
     for batch in bar(batches, "scoring"):
         for inputs, targets in batch:
@@ -223,9 +223,9 @@ def evaluate(vit, head, batches, task, classes, device, dtype=torch.float32):
             confusion += counts.bincount(minlength=classes ** 2).view(classes, classes)
     right, truth, guessed = confusion.diag().double(), confusion.sum(1), confusion.sum(0)
     if task == "classify":
-        return 100 * (right.sum() / truth.sum()).item(), (100 * right / truth).tolist()
+        return 100 * (right.sum() / truth.sum()).item(), (100 * right / truth).tolist(), confusion
     iou = 100 * right / (truth + guessed - right)       # nan for a class neither there nor guessed
-    return iou.nanmean().item(), iou.tolist()
+    return iou.nanmean().item(), iou.tolist(), confusion
 
 
 # ---- One of --weights: load, train, score
@@ -397,7 +397,7 @@ def fine_tune(spec, args, data, out, saved, kept, device, dtype):
     checkpoint = out / f"{i}-{task}.safetensors"
     save_vit(vit, checkpoint, head, stage=f"{stage}+finetune", **facts)
     vit.eval()
-    percent, per_class = score(None, head, seen) if args.freeze else score(vit, head, held_out)
+    percent, per_class, _ = score(None, head, seen) if args.freeze else score(vit, head, held_out)
     kept["rows"].append(dict(
         weights=spec, stage=stage, score=percent, metric="mIoU" if segment else "top-1",
         attention=vit.attention, per_class={

@@ -1,10 +1,5 @@
-"""Draws tables of bench.py's part "model": python results/bench_picture.py NAME.png CSV...
-
-A row of panels for images/s and one for memory. A column for each model, batch, dtype, mode and
-device. It needs matplotlib (pip install matplotlib).
-"""
+"""Draws bench.py's tables of part "model": python results/bench_picture.py NAME.png CSV..."""
 import csv
-import math
 import sys
 
 try:
@@ -12,33 +7,25 @@ try:
 except ModuleNotFoundError:
     sys.exit("bench_picture.py needs matplotlib: pip install matplotlib")
 
-WORDS = {"images_per_s": "images a second", "peak_mb": "peak memory, MB"}
-
-
-def main(target, *tables):
-    rows = [row for path in tables for row in csv.DictReader(open(path, newline=""))]
-    names = sorted({row["name"] for row in rows})
-    groups, colours = {}, {name: f"C{i}" for i, name in enumerate(names)}
-    for row in rows:
+target, *tables = sys.argv[1:] if len(sys.argv) > 2 else sys.exit(__doc__)
+groups = {}                                             # {title: rows of a column}
+for path in tables:
+    for row in csv.DictReader(open(path, newline="")):
         title = "{model} batch {batch} {dtype} {mode}\n{device}, torch {torch}".format(**row)
-        groups.setdefault(title, {}).setdefault(row["name"], []).append(row)
-    points = sorted({int(row["pixels"]) for row in rows})
-    figure = Figure((5 * len(groups), 7), layout="constrained")
-    axes = figure.subplots(2, len(groups), squeeze=False, sharex=True, sharey="row")
-    for line, (column, word) in zip(axes, WORDS.items()):
-        for axis, (title, curves) in zip(line, groups.items()):
-            for name, curve in curves.items():
-                axis.loglog([int(row["pixels"]) for row in curve],
-                            [float(row[column] or math.nan) for row in curve], marker=".",
-                            label=name, color=colours[name])
-            axis.set(xlabel="pixels", ylabel=word)
-            axis.set_title(title, fontsize=7)
-            axis.minorticks_off()
-            axis.set_xticks(points, points)
-            axis.legend()
-    figure.savefig(target, dpi=80)
-    print(f"wrote {target}")
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:]) if len(sys.argv) > 2 else sys.exit(__doc__)
+        groups.setdefault(title, []).append(row)
+figure = Figure((5 * len(groups), 7), layout="constrained")
+columns = figure.subplots(2, len(groups), squeeze=False, sharex=True, sharey="row").T
+words = {"images_per_s": "images a second", "peak_mb": "peak memory, MB"}
+for axes, (title, rows) in zip(columns, groups.items()):
+    for axis, measure in zip(axes, words):
+        for name in sorted({row["name"] for row in rows}):
+            curve = [row for row in rows if row["name"] == name]
+            points = [int(row["pixels"]) for row in curve]
+            heights = [float(row[measure] or "nan") for row in curve]
+            axis.loglog(points, heights, marker=".", label=name)
+        axis.set(xlabel="pixels", ylabel=words[measure])
+        axis.set_title(title, fontsize=7)
+        axis.minorticks_off()
+        axis.set_xticks(points, points)
+        axis.legend()
+figure.savefig(target, dpi=80)
