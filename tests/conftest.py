@@ -154,8 +154,10 @@ def files(tmp_path_factory):
         path = folder / f"photos/album{i % 3}/{i}.{('jpg', 'png')[i % 2]}"
         write(path, noise(40, 48, 3) if i % 4 else noise(48, 40, 3))
     write(folder / "photos/grey.png", noise(40, 48))
-    for part, n, shape in (("train", 8, (40, 48)), ("val", 5, (SIZE, SIZE))):
+    several = [(SIZE, SIZE), (SIZE, 48), (56, 40)]
+    for part, n, shapes in (("train", 8, [(40, 48)]), ("val", 5, several)):
         for i in range(n):
+            shape = shapes[i % len(shapes)]
             write(folder / f"classify/{part}/blue/{i}.jpg", noise(40, 48, 3) * (0.2, 0.4, 1))
             write(folder / f"classify/{part}/red/{i}.jpg", noise(40, 48, 3) * (1, 0.4, 0.2))
             pixels, mask = noise(*shape, 3), np.zeros(shape)

@@ -13,7 +13,6 @@ from model import Architecture
 
 TINY = Architecture(128, 2, 2, 256, patch=14, grid=(2, 2), layerscale=True, position="dinov2")
 CPU = ("cpu", torch.float32)
-FAST = ("--quick", "--heads", "2", "--points")
 
 
 @pytest.fixture(autouse=True)
@@ -53,6 +52,7 @@ def test_flops_are_exactly_linear_or_quadratic():
     for tokens in (256, 2 ** 20):                       # without memory: maps of 26 terabytes
         once = 2 * 2 * 3 * tokens * bench.HEAD_DIM
         assert flops("linear", tokens) == (2 * bench.HEAD_DIM + 1) * once
+        assert flops("hedgehog", tokens) == (6 * bench.HEAD_DIM + 2) * once     # 2 D features
         assert flops("softmax_reference", tokens) == 2 * once * tokens
 
 
@@ -108,13 +108,6 @@ def consistent(rows):
         assert row["ratio"] == close(row["median_ms"] / base["median_ms"])
 
 
-def test_part_attention(tmp_path):
-    rows = table(tmp_path, "attention", *FAST, "64", "320")
-    consistent(rows)
-    assert {(row["name"], row["tokens"]) for row in rows} == {*itertools.product(
-        model.ATTENTION, (64, 320))}
-
-
 def test_part_model(tmp_path):
     names = "softmax_reference", "softmax", "linear", "linear_conv"
     rows = table(tmp_path, "model", "--quick", "--batch-size", "1", "2", "--points", "27", "55",
@@ -131,41 +124,28 @@ def test_part_model(tmp_path):
         assert row["gflops"] == pytest.approx(1e-9 * row["batch"] * (linears + maps), rel=1e-4)
 
 
-@pytest.mark.parametrize("words", (("attention", "--points", "64"), ("model", "--points", "28")))
-def test_modes_stand_in_one_table_with_ratios_in_the_same_mode(words, tmp_path, monkeypatch):
+@pytest.mark.parametrize("part, points, tokens, usual", (
+    ("attention", ("64", "320"), (64, 320), {*model.ATTENTION}),
+    ("model", ("28",), (5,), {"softmax_reference", "softmax", "linear", "linear_conv"})))
+def test_modes_stand_in_one_table_with_ratios_in_the_same_mode(
+        part, points, tokens, usual, tmp_path, monkeypatch):
     """Compiled with a backend that needs no compiler."""
-    real = torch.nn.Module.compile
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **more: (
-        real(module, backend="aot_eager", **more)))
-    rows = table(tmp_path, *words, "--quick", "--mode", "eager", "compiled")
-    of = {mode: {row["name"] for row in rows if row["mode"] == mode} for mode in bench.MODES}
-    assert of["eager"] - of["compiled"] == {"softmax_reference"}   # it would become "softmax"
-    assert "linear" in of["compiled"]
+    rows = table(tmp_path, part, "--quick", "--mode", "eager", "compiled", "--points", *points)
     consistent(rows)
+    found = {(row["mode"], row["name"], row["tokens"]) for row in rows}
+    wanted = {*itertools.product(bench.MODES, usual, tokens)}
+    # Compiled, written-out softmax would become "softmax".
+    assert found == {row for row in wanted if row[:2] != ("compiled", "softmax_reference")}
 
 
-def test_what_was_measured_survives_an_interruption(tmp_path, monkeypatch):
-    real, points = bench.measure, []
-
-    def interrupted(*args):
-        points.append(1)
-        if len(points) == 2:
-            raise KeyboardInterrupt
-        return real(*args)
-
-    monkeypatch.setattr(bench, "measure", interrupted)
+def test_what_was_measured_survives_an_interruption_and_the_next_run(tmp_path, monkeypatch):
+    point = {("linear", "eager"): {"status": "ok"}}
+    monkeypatch.setattr(bench, "measure", Mock(side_effect=[point, KeyboardInterrupt]))
+    mine = tmp_path / "bench-cpu-attention-float32-quick.csv"
+    mine.write_bytes(b"mine")
     with pytest.raises(KeyboardInterrupt):
-        table(tmp_path, "attention", *FAST, "64", "128")
-    path, = tmp_path.glob("*.csv")
-    assert {row["tokens"] for row in read(path)} == {64} and str(path) in bench.Stopped.left
-
-
-def test_nothing_is_ever_replaced(tmp_path):
-    (tmp_path / "bench-cpu-model-float32-quick-1.csv").write_bytes(b"mine")
-    for _ in range(2):
-        bench.main(["model", "--dtype", "float32", "--quick", "--points", "28", "--operators",
-                    "softmax", "--out", str(tmp_path)])
-    tables = [tmp_path / f"bench-cpu-model-float32-quick{tail}.csv" for tail in ("", "-2")]
-    assert all(map(read, tables)) and len(list(tmp_path.iterdir())) == 3
-    assert (tmp_path / "bench-cpu-model-float32-quick-1.csv").read_bytes() == b"mine"
+        bench.main(["attention", "--dtype", "float32", "--quick", "--out", str(tmp_path)])
+    path = tmp_path / "bench-cpu-attention-float32-quick-1.csv"
+    assert [row["tokens"] for row in read(path)] == [256] and str(path) in bench.Stopped.left
+    assert mine.read_bytes() == b"mine"
