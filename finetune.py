@@ -263,19 +263,21 @@ def begin_row(spec, args, classes, ids):
     return vit, head, stage, not other
 
 
-def standardised(head, features):
-    """A linear head behind a layer that gives each feature mean 0 and variance 1, because AdamW
-    learns faster so."""
-    variance = features.var(0, correction=0)
-    floor = 1e-3 * variance.mean().item() + 1e-12       # else what hardly varies becomes noise
-    norm = nn.BatchNorm1d(features.shape[1], eps=floor, affine=False).to(head.weight).eval()
-    norm.running_mean, norm.running_var = features.mean(0), variance
+@torch.no_grad()
+def standardised(head, features, kept=False):
+    """A linear head behind standardised features, so AdamW learns faster. kept: it does the same."""
+    norm = nn.BatchNorm1d(features.shape[1], affine=False).to(head.weight).eval()
+    norm.running_mean, norm.running_var = features.mean(0), features.var(0, correction=0)
+    norm.eps = 1e-3 * norm.running_var.mean().item() + 1e-12    # else what hardly varies is noise
+    if kept:
+        head.bias += head.weight @ norm.running_mean
+        head.weight *= (norm.running_var + norm.eps).sqrt()
     return nn.Sequential(norm, head)
 
 
 @torch.no_grad()
 def fold(norm, head):
-    """Let the head alone do what both do: weight @ (x - mean) / deviation + bias."""
+    """Back: the head alone does what both did, weight @ (x - mean) / deviation + bias."""
     head.weight /= (norm.running_var + norm.eps).sqrt()
     head.bias -= head.weight @ norm.running_mean
 
@@ -355,7 +357,7 @@ def fine_tune(spec, args, data, out, saved, kept, device, dtype):
     vit, head, stage, its_own = begin_row(spec, args, classes, ids)
     vit, head = vit.to(device, wide).eval(), head.to(device, wide)
     vit.recompute = args.recompute
-    phases = ["all"] if its_own or args.from_scratch else ["head", "all"]
+    phases = ["head", "all"] if args.steps and not args.from_scratch else ["all"]
     phases = ["head"] if args.freeze else phases
 
     lookup = torch.tensor([ids.index(i) if i in ids else IGNORE for i in range(256)]).byte()
@@ -371,7 +373,7 @@ def fine_tune(spec, args, data, out, saved, kept, device, dtype):
         kept["phase"], draws, trained = phase, Draws(source, read, crop, args.seed), head
         scored = partial(score, vit, head, held_out)
         if phase == "head":             # features of whole photos, computed once, of what is drawn
-            most = args.steps * args.batch_size * (1 if segment or its_own else HEAD_BATCH)
+            most = args.steps * args.batch_size * (1 if segment else HEAD_BATCH)
             most = most if args.freeze else min(most, HEAD_PHOTOS)
             drawn = permutation(len(source), args.seed, 0)[:most]
             view = partial(whole, points=POINTS) if segment else whole
@@ -379,8 +381,9 @@ def fine_tune(spec, args, data, out, saved, kept, device, dtype):
                             batch_size=args.batch_size)     # items in one order, whatever WORLD is
             draws, seen = (cached(vit, part, task, device, dtype) for part in (photos, held_out))
             seen = loader(seen, num_workers=0)
-            if args.steps and not its_own and not segment:
-                trained = standardised(head, torch.stack([x for x, _ in draws]).to(device, wide))
+            if args.steps and not segment:
+                features = torch.stack([x for x, _ in draws]).to(device, wide)
+                trained = standardised(head, features, its_own)
             elif args.steps and not its_own and args.head == "mask":
                 start = [x.flatten(0, 1) for x, _ in draws[::max(1, len(draws) // args.batch_size)]]
                 head.whiten(torch.cat(start).to(device, wide))
@@ -420,8 +423,6 @@ def picture(vit, head, held_out, classes, path, device):
                for logit, (_, mask) in zip(logits, items)]
     draw_segments(*zip(*items), guesses, classes, path)
 
-
-# ---- --predict, main
 
 @torch.no_grad()
 def predict(args, device, dtype):

@@ -11,7 +11,7 @@ python -c "from model import *; \
     save_vit(ViT(KNOWN['vit_small_patch14_dinov2.lvd142m']), '$OUT/random.safetensors')"
 for stage in align_attention align_features; do
     for mode in --no-compile --compile; do
-        timeout 60 python $stage.py --teacher "$OUT/random.safetensors" --attention linear \
-            --data "$PHOTOS" --size 224 --steps 30 $mode --out "$OUT/$stage$mode"
+        timeout 60 python $stage.py --teacher "$OUT/random.safetensors" --data "$PHOTOS" \
+            --attention linear_conv --size 224 --steps 30 $mode --out "$OUT/$stage$mode"
     done
 done | tee "$OUT/steps.txt"

@@ -17,6 +17,7 @@ from PIL import Image
 import align_attention
 import align_features
 import finetune
+from bench import count_flops
 from conftest import (ARCH, SIZE, brief, call, log_of, moved, random_images, random_vit,
                       refusal, same, seeded)
 from demo import shapes
@@ -108,11 +109,13 @@ def test_the_head_learns_first_and_then_all(files, tmp_path, steps, flags, phase
     assert same(first, start) == ("--from-scratch" not in flags)
 
 
-def test_a_standardised_head_reads_mean_0_and_variance_1_and_folds_exactly():
+def test_a_standardised_head_reads_mean_0_and_variance_1_and_does_the_same():
     features = 3 + seeded(50, 8, dtype=torch.float64) * torch.logspace(-0.5, 0.5, 8).double()
     head = nn.Linear(8, 3).double()
-    both = standardised(head, features)
-    read, logits = both[0](features), both(features)
+    logits = head(features)
+    both = standardised(head, features, kept=True)
+    read = both[0](features)
+    torch.testing.assert_close(both(features), logits)
     torch.testing.assert_close(read.mean(0), torch.zeros(8).double(), atol=1e-6, rtol=0)
     torch.testing.assert_close(read.var(0), torch.ones(8).double(), atol=0.04, rtol=0)
     finetune.fold(*both)
@@ -192,15 +195,15 @@ def test_features_are_cls_and_mean_patch_or_the_grid():
 
 @pytest.mark.parametrize("kind", HEADS)
 def test_a_head_to_segment_gives_logits_of_each_patch_and_learns_with_all_it_has(kind):
-    """A mask head attends as its backbone does, with that operator's own parameters."""
+    """Twice the patches are twice the FLOPs, since a mask head attends as its backbone does."""
     head, x = make_head(ARCH, "segment", 3, kind, "hedgehog"), seeded(2, 3, 5, ARCH.width)
     both = head(x)
     assert both.shape == (2, 3, 3, 5)
     torch.testing.assert_close(both, torch.cat([head(x[:1]), head(x[1:])]), atol=1e-4, rtol=1e-4)
     F.cross_entropy(both, torch.ones(2, 3, 5, dtype=torch.long)).backward()
     assert all(p.grad is not None and p.grad.any() for p in head.parameters())
-    own = {name[:8] for name, _ in head.named_parameters() if ".operator.map_q" in name}
-    assert own == ({"blocks.0", "blocks.1"} if kind == "mask" else set())
+    few, many = (count_flops(lambda: head(torch.zeros(1, n, 64, ARCH.width))) for n in (8, 16))
+    assert many < 2.02 * few
 
 
 def test_a_mask_head_starts_from_whitened_features(files, tmp_path, monkeypatch):
@@ -212,9 +215,10 @@ def test_a_mask_head_starts_from_whitened_features(files, tmp_path, monkeypatch)
     assert spread[6:].min() > 0.6 and spread.max() < 1.01 and before[-1] > 99 * before[6]
     calls, flags = [], ("--freeze", "--head", "mask", "--steps", 1, "--weights")
     monkeypatch.setattr(finetune.MaskHead, "whiten", lambda *args: calls.append(args[1].shape[1]))
-    tune(files, tmp_path / "a", "segment", *flags, files / "teacher.safetensors")
+    tune(files, tmp_path / "a", "segment", *flags, f"{files / 'teacher.safetensors'}:hedgehog")
     tune(files, tmp_path / "b", "segment", *flags, tmp_path / "a/0-segment.safetensors")
     assert calls == [ARCH.width]
+    assert "blocks.1.attn.operator.map_q" in load_vit(tmp_path / "a/0-segment.safetensors").head
 
 
 def one_hot(guess, classes):
@@ -279,11 +283,12 @@ def test_steps_0_without_a_head_for_these_classes_is_refused(files, tuned, tmp_p
     assert "--steps 0" in said and not (tmp_path / "out").exists()
 
 
-def test_a_kept_head_is_trained_on_with_the_backbone(files, tuned, tmp_path, steps):
-    file = tuned["classify"]
-    said = tune(files, tmp_path, "classify", "--weights", file, f"{file}:linear", *FROZEN)
-    assert said.count("is kept") == 2 and {phase for phase, *_ in steps} == {"all"}
-    assert same(head_of(file, "classify"), head_of(tmp_path / file.name, "classify"))
+def test_a_kept_head_is_where_training_begins(files, tuned, tmp_path, steps):
+    file = tuned["segment"]
+    said = tune(files, tmp_path, "segment", "--weights", file, f"{file}:linear")
+    assert said.count("is kept") == 2 and [phase for phase, *_ in steps] == 2 * (
+        3 * ["head"] + 3 * ["all"])
+    assert same(steps[0][2], head_of(file, "segment")) and same(steps[0][2], steps[6][2])
 
 
 @FREEZE
