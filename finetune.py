@@ -228,7 +228,7 @@ def evaluate(vit, head, batches, task, classes, device, dtype=torch.float32):
     return iou.nanmean().item(), iou.tolist(), confusion
 
 
-# ---- One of --weights: load, train, score
+# ---- Load, train, score, predict
 
 def load_backbone(spec, args):
     """FILE, NAME or NAME=FILE, each may end in :OPERATOR -> (ViT, spec without :OPERATOR, stages

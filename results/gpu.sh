@@ -11,6 +11,7 @@ python -c "from model import *; \
     save_vit(ViT(KNOWN['vit_small_patch14_dinov2.lvd142m']), '$OUT/random.safetensors')"
 for stage in align_attention align_features; do
     for mode in --no-compile --compile; do
+        echo "$stage $mode"
         timeout 60 python $stage.py --teacher "$OUT/random.safetensors" --data "$PHOTOS" \
             --attention linear_conv --size 224 --steps 30 $mode --out "$OUT/$stage$mode"
     done

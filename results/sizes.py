@@ -27,11 +27,14 @@ args = parser.parse_args(namespace=Namespace(compile=False))
 device, dtype = device_and_dtype(args)
 held_out = unlabelled(args.data)[1]
 few = Subset(held_out, range(0, len(held_out), math.ceil(len(held_out) / args.photos)))
+named = [text.split("=", 1) for text in args.students]
+pairs = {name: load_pair(args.teacher, file)[:2] for name, file in named}
 print("student,size,cls_cosine,patch_cosine")
-for name, student in (text.split("=", 1) for text in args.students):
-    teacher, student = (vit.to(device) for vit in load_pair(args.teacher, student)[:2])
+for name, pair in pairs.items():
+    teacher, student = (vit.to(device) for vit in pair)
     whiten, constant = torch.eye(teacher.arch.width, device=device), 0      # of errors, not read
     for size in args.size:
         photos = DataLoader(Draws(few, read_image, views(size)[1], skip=True), 8)
         found = compare(teacher, student, photos, whiten, constant, device, dtype)
-        print(name, size, found["cls_cosine"], found["patch_cosine"], sep=",", flush=True)
+        cls, patch = (f"{found[key] or 0:.4f}" for key in ("cls_cosine", "patch_cosine"))
+        print(name, size, cls, patch, sep=",", flush=True)      # 0: a ViT without CLS

@@ -15,8 +15,12 @@ row=${1?ROW and SEED are missing} seed=${2?SEED is missing} operator=${1%%-*} ki
 out=${OUT:-runs/study}/$row/seed$seed
 
 once() {                                        # once NAME SCRIPT FLAG...: not again what is done
-    [ -f $out/$1/report.json ] || [ -f $out/$1/metrics.json ] || python $2 --out $out/$1 \
-        --size $SIZE --batch-size 32 --dtype bfloat16 --seed $seed --every 1000 "${@:3}"
+    if [ -f $out/$1/report.json ] || [ -f $out/$1/metrics.json ]; then
+        echo "$out/$1 is done already. Other settings need another OUT."
+    else
+        python $2 --out $out/$1 --size $SIZE --batch-size 32 --dtype bfloat16 --seed $seed \
+            --every 1000 "${@:3}"
+    fi
 }
 align() {                                       # align NAME SCRIPT FLAG...
     once $1 $2 --teacher $WEIGHTS --data $PHOTOS "${@:3}"

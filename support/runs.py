@@ -145,7 +145,7 @@ def parse_args(parser, argv, out, defaults, demo, least_steps=1):
     `demo` in a run without --data, else that of `defaults`."""
     flag, cuda = parser.add_argument, torch.cuda.is_available()
     parser.register("type", None, lambda text: "=".join(    # ~, also in NAME=~/x; photos/ is photos
-        str(Path(os.path.expanduser(part))) for part in text.split("=")))
+        str(Path(os.path.expanduser(part))) if part else "" for part in text.split("=")))
     flag("--size", type=int, help="pixels, a multiple of the patch (default: the weights')")
     for key in ("steps", "batch_size"):
         flag(f"--{key.replace('_', '-')}", type=int,

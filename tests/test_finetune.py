@@ -291,6 +291,13 @@ def test_a_kept_head_is_where_training_begins(files, tuned, tmp_path, steps):
     assert same(steps[0][2], head_of(file, "segment")) and same(steps[0][2], steps[6][2])
 
 
+def test_a_kept_head_to_classify_does_the_same_behind_standardised_features(files, tuned, tmp_path):
+    tune(files, tmp_path, "classify", "--freeze", *FROZEN, "--weights", tuned["classify"])
+    heads = [head_of(folder / "0-classify.safetensors", "classify").state_dict()
+             for folder in (tuned["classify"].parent, tmp_path)]
+    torch.testing.assert_close(*heads, atol=1e-5, rtol=1e-4)
+
+
 @FREEZE
 def test_steps_0_scores_a_kept_head_of_its_kind_at_its_size(files, tmp_path, freeze):
     """So do FILE:OPERATOR, for an operator without parameters, and --predict. The checkpoint's

@@ -312,6 +312,7 @@ def test_the_same_folders_in_other_words_are_the_same_run(tmp_path, whole, monke
         assert code == 130 and (step == 1 or f"goes on from step {step - 1}" in said)
     assert {path.name for path in tmp_path.iterdir()} == {"out", "photos"}
     check_goes_on(tmp_path / "out", whole, 4, "--data", "~/photos/")
+    assert align_attention.parse(["--teacher", "a=", "--data", ""]).data == [""]    # not "."
 
 
 def test_without_a_compiler_a_run_is_eager_and_says_so(tmp_path):
