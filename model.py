@@ -436,8 +436,8 @@ def weights_file(spec):
     name, _, file = str(spec).partition("=")
     name = next((key for key in KNOWN if name in (key, key.partition(".")[0])), None)
     if name is None or name == "demo" and not file:     # the demo's file is not online
-        raise InputError(f"'{spec}' is neither a weight file nor a known name: expected a file, a "
-                         "name that `python model.py` lists, or NAME=FILE (demo/: in this project)")
+        raise InputError(f"'{spec}' is neither a file that exists nor a known name: expected a "
+                         "file, a name that `python model.py` lists, or NAME=FILE")
     return Path(file) if file else download(name), name
 
 

@@ -346,7 +346,9 @@ class Progress:
 
     def summary(self):
         """-> the median time of a step, images a second, peak memory, as text."""
-        step = sorted(self.times)[len(self.times) // 2] if self.times else math.inf
+        if not self.times:
+            return "no step was left to do"
+        step = sorted(self.times)[len(self.times) // 2]
         unit = 1 if sys.platform == "darwin" else 1024  # a Mac counts bytes, Linux KiB
         memory = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else (
             resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit if resource else 0)

@@ -306,7 +306,8 @@ def test_steps_0_scores_a_kept_head_of_its_kind_at_its_size(files, tmp_path, fre
     again = "--task", "segment", "--data", files / "segment", "--steps", 0, *freeze, "--weights"
     tune(files, tmp_path / "out", "segment", "--head", "mask", *freeze, "--weights",
          f"{teacher}:linear", "--size", 16)
-    call(finetune, *again, file, f"{file}:softmax", "--dtype", "float32", "--out", tmp_path / "two")
+    assert "no step was left" in call(finetune, *again, file, f"{file}:softmax", "--dtype",
+                                      "float32", "--out", tmp_path / "two")
     (first,), rows = rows_of(tmp_path / "out"), rows_of(tmp_path / "two")
     assert all(row["kept_head"] and row["head_kind"] == "mask" for row in rows)
     assert not first["kept_head"]
