@@ -265,7 +265,7 @@ def begin_row(spec, args, classes, ids):
 
 @torch.no_grad()
 def standardised(head, features, kept=False):
-    """A linear head behind standardised features: AdamW learns faster. kept: it does the same."""
+    """A linear head, its features standardised for AdamW. kept: both do what the head did alone."""
     norm = nn.BatchNorm1d(features.shape[1], affine=False).to(head.weight).eval()
     norm.running_mean, norm.running_var = features.mean(0), features.var(0, correction=0)
     norm.eps = 1e-3 * norm.running_var.mean().item() + 1e-12    # else what hardly varies is noise

@@ -36,5 +36,5 @@ for name, pair in pairs.items():
     for size in args.size:
         photos = DataLoader(Draws(few, read_image, views(size)[1], skip=True), 8)
         found = compare(teacher, student, photos, whiten, constant, device, dtype)
-        cls, patch = (f"{found[key] or 0:.4f}" for key in ("cls_cosine", "patch_cosine"))
-        print(name, size, cls, patch, sep=",", flush=True)      # 0: a ViT without CLS
+        cls = f"{found['cls_cosine']:.4f}" if teacher.arch.cls else ""
+        print(name, size, cls, f"{found['patch_cosine']:.4f}", sep=",", flush=True)

@@ -127,11 +127,11 @@ def load_data(data, task, ignore=None):
     """-> (training items, held-out items, class names, their ids in masks). It reads each file, to
     name bad ones before training. ignore: ids that count nowhere; None: IGNORE and the layout's."""
     segment, row = task == "segment", {}
-    if data is not None and not Path(data).is_dir():
-        raise InputError(f"--data {data}: there is no such folder")
     if data is None:
         parts = Shapes("train"), Shapes("val")
         names = ["background"] * segment + list(Shapes.classes)
+    elif not Path(data).is_dir():
+        raise InputError(f"--data {data}: there is no such folder")
     elif segment:
         *parts, names, row = by_layout(data)
     else:

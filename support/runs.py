@@ -123,7 +123,7 @@ def open_out(args, inputs, *lists):
         digest.update(path.read_bytes() if path.is_file() else b"")
     told = {"script": Path(sys.argv[0]).name, "hash": digest.hexdigest()}
     told |= {key: value for key, value in json.loads(json.dumps(vars(args))).items()
-             if key not in ("out", "workers", "save_every")}        # these may change
+             if key not in ("out", "workers", "save_every")}        # may change; JSON has no tuples
     if RANK == 0:
         claim(out, told)
     if WORLD > 1:
