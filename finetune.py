@@ -36,7 +36,7 @@ from support.labels import IGNORE, PALETTE, by_shape, draw_segments, load_data, 
 from support.photos import Draws, find_images, names, permutation, read_image
 from support.runs import RANK, WORLD, InputError, Progress, autocast, average_gradients
 from support.runs import bar, device_and_dtype, leave_signals, mean_over_processes, open_out
-from support.runs import parse_args, run, show, warmup_cosine, widen, write_whole
+from support.runs import parse_args, run, warmup_cosine, widen, write_whole
 
 DEFAULTS = dict(steps=2000, batch_size=32)
 DEMO = dict(size=64, steps=300, batch_size=64)              # without --data
@@ -364,20 +364,21 @@ def fine_tune(spec, args, data, out, saved, kept, device, dtype):
     read = partial(read_item, task=task, lookup=lookup, short=args.size)
     crop, whole = views_of(task, args.size, vit.arch.patch)
     crop = crop if args.data else v2.RandomHorizontalFlip()
+    skip = not segment                                  # load_data has read all masks' photos
     loader = partial(DataLoader, batch_size=args.batch_size // WORLD, num_workers=args.workers,
                      collate_fn=by_shape, worker_init_fn=leave_signals)
     shown = Draws(val_source, read, whole)
     held_out = loader(shown)
     score = partial(evaluate, classes=len(classes), task=task, device=device, dtype=dtype)
     for phase in phases[phases.index(kept["phase"]):] if saved else phases:
-        kept["phase"], draws, trained = phase, Draws(source, read, crop, args.seed), head
+        kept["phase"], draws, trained = phase, Draws(source, read, crop, args.seed, skip), head
         scored = partial(score, vit, head, held_out)
         if phase == "head":             # features of whole photos, computed once, of what is drawn
             most = args.steps * args.batch_size * (1 if segment else HEAD_BATCH)
             most = most if args.freeze else min(most, HEAD_PHOTOS)
             drawn = permutation(len(source), args.seed, 0)[:most]
             view = partial(whole, points=POINTS) if segment else whole
-            photos = loader(Draws(Subset(source, sorted(drawn.tolist())), read, view),
+            photos = loader(Draws(Subset(source, sorted(drawn.tolist())), read, view, None, skip),
                             batch_size=args.batch_size)     # items in one order, whatever WORLD is
             draws, seen = (cached(vit, part, task, device, dtype) for part in (photos, held_out))
             seen = loader(seen, num_workers=0)
@@ -410,7 +411,7 @@ def fine_tune(spec, args, data, out, saved, kept, device, dtype):
         arguments=vars(args), **facts))
     write_whole(out / "metrics.json", kept["rows"])
     if segment:
-        show(picture, vit, head, shown, classes, out / f"{i}-segment.png", device)
+        picture(vit, head, shown, classes, out / f"{i}-segment.png", device)
     return progress
 
 

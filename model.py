@@ -32,7 +32,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch.utils.checkpoint import checkpoint
 
-from support.runs import InputError, one_line, rank_0_first, widen, write_whole
+from support.runs import InputError, one_line, widen, write_whole
 try:
     from support import linear_triton
 except ImportError:                                     # Triton comes with torch on Linux alone
@@ -410,7 +410,6 @@ RENAMED = {r"^blocks\.\d+\.(\d+\.)": r"blocks.\1",                      # DINOv2
            r"^(blocks\.\d+\.)gamma_([12])$": r"\1ls\2.gamma"}           # timm's DINOv3
 
 
-@rank_0_first()
 def download(name):
     """The weight file of a known ViT, fetched once into torch.hub's folder."""
     repository = name.replace("_quickgelu", "")         # timm keeps one file for both activations

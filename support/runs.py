@@ -14,7 +14,7 @@ import signal
 import sys
 import time
 import traceback
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from datetime import timedelta
 from functools import partial
 from itertools import count
@@ -204,16 +204,6 @@ def device_and_dtype(args):
     return device, getattr(torch, args.dtype)
 
 
-@contextmanager
-def rank_0_first():
-    """torchrun's other processes wait for rank 0, and then find its download on disk."""
-    if dist.is_initialized() and RANK > 0:
-        dist.barrier()
-    yield
-    if dist.is_initialized() and RANK == 0:
-        dist.barrier()
-
-
 def mean_over_processes(tensor):
     """-> the mean over torchrun's processes, a new tensor without gradient."""
     tensor = tensor.detach().clone()
@@ -371,14 +361,6 @@ class Screen(io.FileIO):
             return super().write(data)
         except OSError:
             return len(data)
-
-
-def show(draw, *args, **more):
-    """Call a function that draws a picture. If it fails, a line says so, and the run goes on."""
-    try:
-        draw(*args, **more)
-    except Exception as error:
-        print(f"no picture: {one_line(error)}", file=sys.stderr)
 
 
 def on_signal(number, _):

@@ -5,6 +5,7 @@ Layouts and masks are test_labels.py's, bad input test_inputs.py's.
 import copy
 import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -94,6 +95,15 @@ def test_the_files_say_what_was_trained(files, tmp_path, steps, task, freeze):
     first = [p.detach() for p in steps[0][-1].parameters()]
     assert not any(map(torch.equal, first, head_of(file, task).parameters()))
     assert (tmp_path / "0-segment.png").exists() == (task == "segment")
+
+
+def test_a_bad_photo_with_a_label_is_left_out_but_one_held_out_is_refused(files, tmp_path):
+    data = shutil.copytree(files / "classify", tmp_path / "data")
+    (data / "train/red/3.jpg").write_bytes(b"junk")
+    tune(files, tmp_path / "out", "classify", "--data", data)
+    assert (tmp_path / "out/0-classify.safetensors").exists()
+    (data / "val/red/3.jpg").write_bytes(b"junk")
+    assert "val/red/3.jpg" in refusal(tune, files, tmp_path / "out", "classify", "--data", data)
 
 
 @pytest.mark.parametrize("flags, phases", (

@@ -167,7 +167,7 @@ def test_the_next_photo_of_the_epoch_takes_the_place_of_an_unreadable_one():
     source[order[4]] = source[order[9]] = "gone.jpg"
     draws = Draws(source, read, int, 3, skip=True)
     assert (draws[4], draws[5], draws[9]) == (order[5], order[5], order[0])
-    assert "gone.jpg" in refusal(Draws(source, read, int, 3).__getitem__, 4)       # stage 3
+    assert "gone.jpg" in refusal(Draws(source, read, int, 3).__getitem__, 4)
     assert "none of 2" in refusal(Draws(["a", "b"], read_image, int, 3, skip=True).__getitem__, 0)
 
 

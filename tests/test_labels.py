@@ -142,14 +142,12 @@ def photos(top, folders):
     return str(top)
 
 
-def test_a_class_in_one_part_only_is_named_and_a_bad_photo_refused(tmp_path, capsys):
+def test_a_class_in_one_part_only_is_named(tmp_path, capsys):
     data = photos(tmp_path, "train/cat train/owl/a/b val/cat val/dog")
     train, val, classes, ids = load_data(data, "classify")
     assert classes == ["cat", "dog", "owl"] and ids == [0, 1, 2]
     assert [label for _, label in train] == [0, 2] and [label for _, label in val] == [0, 1]
     assert "in train or in val: dog, owl" in capsys.readouterr().out
-    train[1][0].write_bytes(b"junk")
-    assert str(train[1][0]) in refusal(load_data, data, "classify")
 
 
 @pytest.mark.parametrize("folders", (
