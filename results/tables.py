@@ -85,7 +85,7 @@ def tables():
     return [
         table(["row", f"top-1, mean (range) of {len(x)} seeds"], demo),
         scores("study-cpu-112.csv", ["teacher", "linear_conv, no alignment", "linear, 640 + 320",
-               "linear_conv, 640 + 640", "linear_conv, random weights"], tuned),
+               "linear_conv, 640 + 640"], tuned),
         efficiency("bfloat16"),
         scores("study-h200.csv", ["teacher", "no alignment", *stages, "the same, from 500 photos"],
                every, percent=True),
