@@ -10,11 +10,11 @@ attention swapped and nothing aligned. The head first learns on the frozen backb
 all weights are tuned (Kumar et al. 2022). --freeze stops after the head. --from-scratch keeps only
 the architecture and operator of a file. --steps 0 scores a checkpoint of this script as it is.
 
-To classify, photos lie in train/CLASS/ and val/CLASS/, and their middle square counts. To segment,
-one of LAYOUTS fits the folder, masks hold an id a pixel, and classes.txt may name id 0, 1, ... line
-by line. Photos keep their shape: the shorter side becomes --size, each side the nearest multiple of
-the patch. The score counts the masks' own pixels. A tuned backbone sees crops of 0.5 to 2 times
-that size.
+To classify, photos lie in train/CLASS/ and val/CLASS/, and their middle square counts. One that is
+unreadable is named, and the next one counts instead. To segment, one of LAYOUTS fits the folder,
+masks hold an id a pixel, and classes.txt may name id 0, 1, ... line by line. Photos keep their
+shape: the shorter side becomes --size, each side the nearest multiple of the patch. The score
+counts the masks' own pixels. A tuned backbone sees crops of 0.5 to 2 times that size.
 It writes to --out: a checkpoint for each of --weights, metrics.json (the score of every class is
 there), log.jsonl, and to segment ROW-segment.png; with --predict masks of the photos' own sizes.
 """
@@ -364,10 +364,10 @@ def fine_tune(spec, args, data, out, saved, kept, device, dtype):
     read = partial(read_item, task=task, lookup=lookup, short=args.size)
     crop, whole = views_of(task, args.size, vit.arch.patch)
     crop = crop if args.data else v2.RandomHorizontalFlip()
-    skip = not segment                                  # load_data has read all masks' photos
+    skip = not segment                                  # the photos of masks have all been read
     loader = partial(DataLoader, batch_size=args.batch_size // WORLD, num_workers=args.workers,
                      collate_fn=by_shape, worker_init_fn=leave_signals)
-    shown = Draws(val_source, read, whole)
+    shown = Draws(val_source, read, whole, None, skip)
     held_out = loader(shown)
     score = partial(evaluate, classes=len(classes), task=task, device=device, dtype=dtype)
     for phase in phases[phases.index(kept["phase"]):] if saved else phases:
