@@ -70,9 +70,8 @@ def tables():
     """Those of README.md, then those of results/README.md."""
     every = {"cls_cosine": "cls cosine", "patch_cosine": "patch cosine",
              "top-1 224": "top-1, 224 px", "mIoU 224, linear head": "mIoU, 224 px",
-             "mIoU 224, mask head": "mask head", "mIoU 448, linear head": "mIoU, 448 px",
-             "mIoU 448, linear head of 224": "448 px, head of 224",
-             "mIoU 672, linear head of 448": "672 px, head of 448"}
+             "mIoU 224, mask head": "mask head",
+             "mIoU 448, linear head of 224": "448 px, head of 224"}
     tuned = {"classify 0": "top-1, frozen", "tune-classify 0": "top-1, tuned",
              "segment 0": "mIoU, frozen", "tune-segment 0": "mIoU, tuned"}
     stages = [f"{operator}, {stage}" for operator in ("linear", "linear_conv")
