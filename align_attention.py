@@ -23,7 +23,7 @@ from demo.shapes import Shapes
 from model import ATTENTION, load_pair, save_vit, weights_file
 from support.photos import loaders, names, save_picture, unlabelled
 from support.runs import InputError, Progress, autocast, average_gradients, bar, device_and_dtype
-from support.runs import mean_over_processes, open_out, parse_args, run, warmup_cosine
+from support.runs import mean_over_processes, open_out, parse_args, run, show, warmup_cosine
 from support.runs import widen, write_whole
 
 DEFAULTS = dict(steps=2000, batch_size=32)
@@ -246,9 +246,9 @@ def main(argv=None):
         print("Stage 1 did not help: its mean error is not below both 1 and what it was. Train "
               "for more --steps, or lower --lr.")
     maps = torch.cat([kept["maps"].to(device), attention_maps(teacher, [student], pair, queries)])
+    show(draw_attention, maps, pair, queries, (rows, columns), out / "attention.png")
     progress.finish()
     print(f"wrote {out / 'student.safetensors'}")
-    draw_attention(maps, pair, queries, (rows, columns), out / "attention.png")
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from demo.shapes import Shapes
 from model import ATTENTION, load_pair, save_vit, weights_file
 from support.photos import loaders, names, save_picture, unlabelled
 from support.runs import InputError, Progress, autocast, average_gradients, bar, device_and_dtype
-from support.runs import open_out, parse_args, run, warmup_cosine, widen, write_whole
+from support.runs import open_out, parse_args, run, show, warmup_cosine, widen, write_whole
 
 DEFAULTS = dict(steps=5000, batch_size=32, lr=5e-5)
 DEMO = dict(teacher="demo/teacher.safetensors", student="runs/attention/student.safetensors",
@@ -243,9 +243,9 @@ def main(argv=None):
     print(progress.summary())
     photos = held_out.dataset               # eight of them, from all over the set
     images = [photos[i] for i in range(0, len(photos), math.ceil(len(photos) / 8))]
+    show(draw_features, teacher, student, torch.stack(images).to(device), out / "features.png")
     progress.finish()
     print(f"wrote {out / 'student.safetensors'}")
-    draw_features(teacher, student, torch.stack(images).to(device), out / "features.png")
 
 
 if __name__ == "__main__":

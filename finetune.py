@@ -10,11 +10,11 @@ attention swapped and nothing aligned. The head first learns on the frozen backb
 all weights are tuned (Kumar et al. 2022). --freeze stops after the head. --from-scratch keeps only
 the architecture and operator of a file. --steps 0 scores a checkpoint of this script as it is.
 
-To classify, photos lie in train/CLASS/ and val/CLASS/, and their middle square counts. One that is
-unreadable is named, and the next one counts instead. To segment, one of LAYOUTS fits the folder,
-masks hold an id a pixel, and classes.txt may name id 0, 1, ... line by line. Photos keep their
-shape: the shorter side becomes --size, each side the nearest multiple of the patch. The score
-counts the masks' own pixels. A tuned backbone sees crops of 0.5 to 2 times that size.
+To classify, photos lie in train/CLASS/ and val/CLASS/, and their middle square counts. To segment,
+one of LAYOUTS fits the folder, masks hold an id a pixel, and classes.txt may name id 0, 1, ... line
+by line. Photos keep their shape: the shorter side becomes --size, each side the nearest multiple of
+the patch. The score counts the masks' own pixels. A tuned backbone sees crops of 0.5 to 2 times
+that size.
 It writes to --out: a checkpoint for each of --weights, metrics.json (the score of every class is
 there), log.jsonl, and to segment ROW-segment.png; with --predict masks of the photos' own sizes.
 """
@@ -36,7 +36,7 @@ from support.labels import IGNORE, PALETTE, by_shape, draw_segments, load_data, 
 from support.photos import Draws, find_images, names, permutation, read_image
 from support.runs import RANK, WORLD, InputError, Progress, autocast, average_gradients
 from support.runs import bar, device_and_dtype, leave_signals, mean_over_processes, open_out
-from support.runs import parse_args, run, warmup_cosine, widen, write_whole
+from support.runs import parse_args, run, show, warmup_cosine, widen, write_whole
 
 DEFAULTS = dict(steps=2000, batch_size=32)
 DEMO = dict(size=64, steps=300, batch_size=64)              # without --data
@@ -364,21 +364,20 @@ def fine_tune(spec, args, data, out, saved, kept, device, dtype):
     read = partial(read_item, task=task, lookup=lookup, short=args.size)
     crop, whole = views_of(task, args.size, vit.arch.patch)
     crop = crop if args.data else v2.RandomHorizontalFlip()
-    skip = not segment                                  # the photos of masks have all been read
     loader = partial(DataLoader, batch_size=args.batch_size // WORLD, num_workers=args.workers,
                      collate_fn=by_shape, worker_init_fn=leave_signals)
-    shown = Draws(val_source, read, whole, None, skip)
+    shown = Draws(val_source, read, whole)
     held_out = loader(shown)
     score = partial(evaluate, classes=len(classes), task=task, device=device, dtype=dtype)
     for phase in phases[phases.index(kept["phase"]):] if saved else phases:
-        kept["phase"], draws, trained = phase, Draws(source, read, crop, args.seed, skip), head
+        kept["phase"], draws, trained = phase, Draws(source, read, crop, args.seed, True), head
         scored = partial(score, vit, head, held_out)
         if phase == "head":             # features of whole photos, computed once, of what is drawn
             most = args.steps * args.batch_size * (1 if segment else HEAD_BATCH)
             most = most if args.freeze else min(most, HEAD_PHOTOS)
             drawn = permutation(len(source), args.seed, 0)[:most]
             view = partial(whole, points=POINTS) if segment else whole
-            photos = loader(Draws(Subset(source, sorted(drawn.tolist())), read, view, None, skip),
+            photos = loader(Draws(Subset(source, sorted(drawn.tolist())), read, view, None, True),
                             batch_size=args.batch_size)     # items in one order, whatever WORLD is
             draws, seen = (cached(vit, part, task, device, dtype) for part in (photos, held_out))
             seen = loader(seen, num_workers=0)
@@ -411,7 +410,7 @@ def fine_tune(spec, args, data, out, saved, kept, device, dtype):
         arguments=vars(args), **facts))
     write_whole(out / "metrics.json", kept["rows"])
     if segment:
-        picture(vit, head, shown, classes, out / f"{i}-segment.png", device)
+        show(picture, vit, head, shown, classes, out / f"{i}-segment.png", device)
     return progress
 
 

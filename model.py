@@ -415,14 +415,15 @@ def download(name):
     repository = name.replace("_quickgelu", "")         # timm keeps one file for both activations
     url = f"{HUB}/timm/{repository}/resolve/main/model.safetensors"
     path = Path(torch.hub.get_dir(), "checkpoints", f"{repository}.safetensors")
-    if path.exists():
-        return path
-    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(f".{os.getpid()}")          # each process of torchrun has its own
     try:
-        torch.hub.download_url_to_file(url, str(path))
-        read_weights(path)                              # refuses a file that was cut
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(url, str(part))
+            read_weights(part)                          # refuses a file that was cut
+            part.replace(path)
     except Exception as error:                          # networks fail in nearly any way
-        path.unlink(missing_ok=True)
+        part.unlink(missing_ok=True)
         raise InputError(f"{name} could not be downloaded from {url} ({one_line(error)}): get that "
                          f"file by other means and put it at {path}") from None
     return path

@@ -21,6 +21,7 @@ PALETTE = torch.rand(256, 3, generator=torch.Generator().manual_seed(6)) * 0.8 +
 PALETTE[0], PALETTE[IGNORE] = 0, 1                      # background black, ignored white
 # {} is train or val, or the two of `parts`. A mask has its photo's name, but .png, and ends[1] for
 # ends[0]. listed: a file of photos' names; ignore: ids that count nowhere; names: of id 0, 1 ...
+# A new folder of masks is for photos.MASK_FOLDERS, too: else stages 1 and 2 train on masks.
 LAYOUTS = {
     "images/masks": dict(photos="{}/images", masks="{}/masks"),
     "VOC": dict(
@@ -85,6 +86,8 @@ def by_layout(data):
         if all(Path(data, path).exists() for path in needed):
             print(f"{data}: read as {layout}")
             names = own.read_text(**TEXT).splitlines() if own.exists() else row.get("names", [])
+            if any("\0" in name for name in names):
+                raise InputError(f"{own} is UTF-16: expected a name a line in UTF-8")
             return *(pairs(data, part, **row) for part in parts), names, row
         expected.append(" ".join(dict.fromkeys(needed)))
     raise InputError(f"{data}, --task segment: expected in it {', or '.join(expected)}")
@@ -106,22 +109,25 @@ def by_class(data):
     return *([(path, classes.index(name)) for path, name in part] for part in parts), classes
 
 
-def look(item):
-    """Read a photo and its mask -> pixels of each id (256,), or what is wrong, as text."""
+def look(part, i, segment):
+    """Read a photo and its mask -> what is wrong, as text; else to segment: pixels of each id."""
     try:
-        shape, ids = read_image(item).shape[1:], read_mask(item[-1])
-        if ids.shape != shape:
-            raise InputError(f"{item[-1]} has {tuple(ids.shape)} pixels, {item[0]}, upright by "
-                             f"EXIF, {tuple(shape)}: expected the same")
-        return ids.flatten().bincount(minlength=256)
+        item = part[i]
+        shape = read_image(item, None if segment else 32).shape[1:]
+        if segment:
+            ids = read_mask(item[-1])
+            if ids.shape != shape:
+                raise InputError(f"{item[-1]} has {tuple(ids.shape)} pixels, {item[0]}, upright by "
+                                 f"EXIF, {tuple(shape)}: expected the same")
+            return ids.flatten().bincount(minlength=256)                        # (256,)
     except InputError as error:
         return str(error)
 
 
 def load_data(data, task, ignore=None):
-    """-> (training items, held-out items, class names, their ids in masks). To segment it reads
-    each file for its ids, and names all bad ones. ignore: ids that count nowhere; None: IGNORE and
-    the layout's."""
+    """-> (training items, held-out items, class names, their ids in masks). It reads all that is
+    held out and all masks, and names the bad ones; training to classify leaves bad photos out.
+    ignore: ids that count nowhere; None: IGNORE and the layout's."""
     segment, row = task == "segment", {}
     if data is None:
         parts = Shapes("train"), Shapes("val")
@@ -133,13 +139,13 @@ def load_data(data, task, ignore=None):
     else:
         *parts, names = by_class(data)
     refuse_shared(*parts)
-    if not segment:
-        return *parts, names, [*range(len(names))]
     with ThreadPoolExecutor() as pool:                  # decoding leaves Python's lock
-        looks = [[*bar(pool.map(look, (part[i] for i in range(len(part)))),
-                       "looking at photos", len(part))] for part in parts]
+        looks = [[*bar(pool.map(partial(look, part, segment=segment), range(len(part))),
+                       "looking at photos", len(part))] for part in parts[not segment:]]
     if wrong := [found for part in looks for found in part if isinstance(found, str)]:
         raise InputError(f"{len(wrong)} photos of {data} cannot be used: {'; '.join(wrong)}")
+    if not segment:
+        return *parts, names, [*range(len(names))]
     counts = torch.stack([sum(part, torch.zeros(256)) for part in looks])       # (2, 256)
     ignore = [IGNORE, *row.get("ignore", ())] if ignore is None else ignore
     ids = [id for id in counts.sum(0).nonzero().flatten().tolist() if id not in ignore]

@@ -189,7 +189,7 @@ def device_and_dtype(args):
     if WORLD > 1 and not dist.is_initialized():
         if device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group(timeout=timedelta(hours=12))    # rank 0 may download for long
+        dist.init_process_group(timeout=timedelta(hours=12))    # one may download for long
     torch.backends.cudnn.allow_tf32 = False             # else convolutions in float32 are not
     if args.dtype == "auto":
         native = (torch.cuda.is_bf16_supported(including_emulation=False) if device == "cuda" else
@@ -361,6 +361,14 @@ class Screen(io.FileIO):
             return super().write(data)
         except OSError:
             return len(data)
+
+
+def show(draw, *args, **more):
+    """Call a function that draws a picture. If it fails, a line says so, and the run goes on."""
+    try:
+        draw(*args, **more)
+    except Exception as error:
+        print(f"no picture: {one_line(error)}", file=sys.stderr)
 
 
 def on_signal(number, _):
