@@ -33,7 +33,8 @@ RANK, WORLD = 0, 1
 if dist.is_torchelastic_launched():                     # other launchers set RANK, too
     RANK, WORLD = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 LINE_EVERY = 30                                         # seconds, where stderr is no terminal
-bar = partial(tqdm, leave=False, delay=2, disable=RANK > 0 or None)     # None: terminals only
+bar = partial(tqdm, leave=False, delay=2, disable=RANK > 0, mininterval=0.1 if sys.stderr
+              and sys.stderr.isatty() else LINE_EVERY)
 
 
 class InputError(Exception):
