@@ -94,7 +94,7 @@ def tables():
             "classify 0": "top-1, 224 px", "segment 0": "mIoU, 224 px",
             "segment-at-2-times 0": "448 px, head of 224",
             "segment-at-3-times-quarter 0": "672 px, head of 224, 121 photos",
-            "tune-classify 0": "top-1, tuned"}),
+            "tune-classify 0": "top-1, tuned", "tune-segment 0": "mIoU, tuned"}),
         scores("study-cpu-112.csv", [
             "teacher", "linear_conv, no alignment", "linear, 640 + 0", "linear, 640 + 320",
             "linear_conv, 0 + 320 at 2e-4", "linear_conv, 640 + 0", "linear_conv, 640 + 640",
