@@ -377,7 +377,7 @@ def fine_tune(spec, args, data, out, saved, kept, device, dtype):
             most = most if args.freeze else min(most, HEAD_PHOTOS)
             drawn = permutation(len(source), args.seed, 0)[:most]
             view = partial(whole, points=POINTS) if segment else whole
-            photos = loader(Draws(Subset(source, sorted(drawn.tolist())), read, view, None, True),
+            photos = loader(Draws(Subset(source, sorted(drawn.tolist())), read, view, skip=True),
                             batch_size=args.batch_size)     # items in one order, whatever WORLD is
             draws, seen = (cached(vit, part, task, device, dtype) for part in (photos, held_out))
             seen = loader(seen, num_workers=0)
