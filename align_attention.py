@@ -230,7 +230,9 @@ def main(argv=None):
             errors = relative_error(teacher, student, [few], device, dtype)
             progress.log(held_out=sum(errors) / len(errors))
 
-    facts = student.header | dict(stage="attention", teacher=digest, size=args.size, training={
+    stage = student.header.get("stage", "attention")
+    stage = stage if stage.endswith("attention") else f"{stage}+attention"
+    facts = student.header | dict(stage=stage, teacher=digest, size=args.size, training={
         key: getattr(args, key) for key in ("train", "size", "steps", "batch_size", "lr", "seed")})
     save_vit(student, out / "student.safetensors", **facts)
     before, after = kept["before"], relative_error(teacher, student, held_out, device, dtype)

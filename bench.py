@@ -82,9 +82,9 @@ def parse(argv):
 
 
 # ---- The operators alone
-def operators(heads, grid, device, dtype):
-    """{name: Operator} as a block with these heads builds them."""
-    arch = Architecture(heads * HEAD_DIM, 1, heads, 4 * heads * HEAD_DIM, patch=14, grid=grid)
+def operators(heads, grid, device, dtype, side=None):
+    """{name: Operator} as a block with these heads builds them, aligned on side x side patches."""
+    arch = Architecture(heads * HEAD_DIM, 1, heads, 4 * heads * HEAD_DIM, 14, grid, aligned=side)
     return {name: make(arch).to(device, dtype).eval().requires_grad_(False)
             for name, make in ATTENTION.items()}
 
@@ -183,15 +183,16 @@ def measure(calls, ended, device, seconds, maps=0):
 # ---- The parts yield their points: what all rows say, {(name, mode): call}, {name: the same on a
 # CPU, for count_flops}
 def attention_points(args, device, dtype):
+    side = math.isqrt(min(args.points))
     for batch, heads, tokens in product(args.batch_size, args.heads, args.points):
         facts = {"heads": heads, "batch": batch, "tokens": tokens}
         grid, calls = (math.isqrt(tokens),) * 2, {}     # tokens beyond a square are prefix
         q, k, v = projected(batch, heads, tokens, device, dtype)
         counted = {name: lambda operator=operator: operator(
             *projected(batch, heads, tokens, "cpu", dtype), grid)
-            for name, operator in operators(heads, grid, "cpu", dtype).items()}
+            for name, operator in operators(heads, grid, "cpu", dtype, side).items()}
         for mode in args.mode:
-            for name, operator in operators(heads, grid, device, dtype).items():
+            for name, operator in operators(heads, grid, device, dtype, side).items():
                 if mode == "compiled" and name == WRITTEN_OUT:
                     continue
                 if mode == "compiled":

@@ -59,7 +59,8 @@ def parse(argv):
     flag("--task", choices=("classify", "segment"), help="(default: classify)")
     flag("--weights", nargs="+", help="files, known names or NAME=FILE, each may end in :OPERATOR "
          "(demo: teacher, teacher:linear and the students of stages 1 and 2, frozen)")
-    flag("--freeze", action="store_true", help="train only the head")
+    flag("--freeze", action="store_true", help="train only the head, on features kept in memory "
+         "(to segment P x C x 2 bytes a photo: 1 MB for ViT-S/14 at 518 pixels)")
     flag("--from-scratch", action="store_true", help="start from random weights")
     flag("--predict", metavar="PHOTOS", nargs="+",
          help="label photos or folders with the one checkpoint in --weights, train nothing")
@@ -169,15 +170,6 @@ def make_head(arch, task, classes, kind="linear", attention="softmax"):
     return nn.Linear(arch.width * (1 + arch.cls), classes)
 
 
-def load_head(head, vit, spec):
-    """Give a head the weights that came with a ViT from file `spec`. -> the head."""
-    try:
-        head.load_state_dict(vit.head)
-    except RuntimeError as error:                       # a mask head has its operator's parameters
-        raise InputError(f"{spec} has no whole task head for this attention: {error}") from None
-    return head
-
-
 def logits_of(vit, head, inputs, task, dtype=torch.float32):
     """Logits (B, K) or (B, K, rows, columns), float32 or float64. inputs: uint8 images (B, 3,
     height, width); where vit is None, the features of images."""
@@ -211,8 +203,9 @@ def cached(vit, batches, task, device, dtype):
 
 @torch.no_grad()
 def evaluate(vit, head, batches, task, classes, device, dtype=torch.float32):
-    """batches: lists of (inputs, targets), see by_shape; masks have their own resolution. -> (top-1
-    or the mean IoU of classes that occur, in percent; that of each class; counts, rows: truth)."""
+    """batches: lists of (inputs, targets), see by_shape; masks have their own resolution. -> (in
+    percent top-1, or the mean IoU of classes that occur or are guessed; that of each class; counts,
+    rows: truth)."""
     confusion, segment = torch.zeros(classes, classes, dtype=torch.long), task == "segment"
     for batch in bar(batches, "scoring"):
         for inputs, targets in batch:
@@ -236,6 +229,8 @@ def load_backbone(spec, args):
     name, _, operator = spec.rpartition(":")
     name, operator = (name, operator) if name and operator in ATTENTION else (spec, None)
     vit = load_vit(name)
+    if args.size is None:                               # the first file's holds for all
+        args.size = vit.header.get("size", vit.arch.pixels[0])
     if args.from_scratch:
         return linearize(ViT(vit.arch), operator or vit.attention, args.size), name, "scratch"
     if operator in (None, vit.attention):
@@ -250,13 +245,14 @@ def begin_row(spec, args, classes, ids):
     """-> (ViT before training, head before training, stages that the ViT went through, whether the
     checkpoint's own head is kept). It is if its task, classes and ids are the same."""
     torch.manual_seed(args.seed)
-    vit, file, stage = load_backbone(spec, args)
+    vit, _, stage = load_backbone(spec, args)
     torch.manual_seed(args.seed)                        # the same head for each row
     head = make_head(vit.arch, args.task, len(classes), args.head, vit.attention)
     wanted = dict(task=args.task, classes=classes, ids=ids, head_kind=args.head)
     other = [key for key, value in wanted.items() if vit.header.get(key) != value]
+    other = other or ["operator"] * (vit.head.keys() != head.state_dict().keys())   # mask head's
     if not other:
-        load_head(head, vit, file)
+        head.load_state_dict(vit.head)
     if "classes" in vit.header:
         print(f"{spec}:", f"a new head, its own has another {', '.join(other)}" if other else
               "its head is kept")
@@ -264,12 +260,12 @@ def begin_row(spec, args, classes, ids):
 
 
 @torch.no_grad()
-def standardised(head, features, kept=False):
-    """A linear head, its features standardised for AdamW. kept: both do what the head did alone."""
+def standardised(head, features, its_own=False):
+    """A linear head, its features standardised for AdamW. its_own: both do what it did alone."""
     norm = nn.BatchNorm1d(features.shape[1], affine=False).to(head.weight).eval()
     norm.running_mean, norm.running_var = features.mean(0), features.var(0, correction=0)
     norm.eps = 1e-3 * norm.running_var.mean().item() + 1e-12    # else what hardly varies is noise
-    if kept:
+    if its_own:
         head.bias += head.weight @ norm.running_mean
         head.weight *= (norm.running_var + norm.eps).sqrt()
     return nn.Sequential(norm, head)
@@ -343,7 +339,7 @@ def train(spec, args, vit, head, draws, score, phase, out, saved, kept, device, 
         optimizer.zero_grad()
         progress.done(loss.item(), weights=spec, phase=phase, lr=rate)
         if step % args.every == 0:
-            progress.log(weights=spec, phase=phase, held_out=score()[0])
+            progress.log(held_out=score()[0])
     print(f"{spec}, phase {phase}: {progress.summary()}")
     return progress
 
@@ -437,7 +433,8 @@ def predict(args, device, dtype):
     size = header["size"] if args.size is None else args.size
     vit.grid_of(size, size)
     head = make_head(vit.arch, task, len(classes), header["head_kind"], vit.attention)
-    vit, head = vit.to(device, wide), load_head(head, vit, spec).to(device, wide).eval()
+    head.load_state_dict(vit.head)
+    vit, head = vit.to(device, wide), head.to(device, wide).eval()
     ids = torch.tensor(header["ids"])
     photos = {}                                         # real path: (as given, name of its mask)
     for given in map(Path, args.predict):
@@ -480,8 +477,6 @@ def main(argv=None):
     for spec in args.weights:                           # all must be good before we start
         vit, file, _ = load_backbone(spec, args)
         files.append(file)
-        if args.size is None:
-            args.size = vit.header.get("size", vit.arch.pixels[0])
         args.head = args.head or vit.header.get("head_kind")
         vit.grid_of(args.size, args.size)
     args.head = segment and args.head or "linear"

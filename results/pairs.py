@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from finetune import evaluate, load_head, make_head                                     # noqa: E402
+from finetune import evaluate, make_head                                                # noqa: E402
 from model import load_vit                                                              # noqa: E402
 from support.labels import IGNORE, by_shape, load_data, read_item, views_of             # noqa: E402
 from support.runs import device_and_dtype                                               # noqa: E402
@@ -41,7 +41,8 @@ for files in (args.one, args.two):
         if [vit.header.get(key) for key in ("task", "size", "ids")] != [task, size, ids]:
             sys.exit(f"{file}: expected a checkpoint for {task} at {size} pixels, ids {ids}")
         head = make_head(vit.arch, task, K, vit.header["head_kind"], vit.attention)
-        vit, head = vit.to(device), load_head(head, vit, file).to(device).eval()
+        head.load_state_dict(vit.head)
+        vit, head = vit.to(device), head.to(device).eval()
         whole = views_of(task, size, vit.arch.patch)[1]
         photos = (by_shape([whole(read_item(item, task, lookup, size))]) for item in items)
         counts = [evaluate(vit, head, [photo], task, K, device, dtype)[2] for photo in photos]

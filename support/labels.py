@@ -97,7 +97,8 @@ def by_class(data):
     """train/CLASS/ and val/CLASS/ -> [(photo, label), ...] of each part, class names."""
     parts = []
     for top in (Path(data, "train"), Path(data, "val")):
-        paths = [Path(path).relative_to(top) for path in find_images(top)] if top.is_dir() else []
+        found = find_images(top, ()) if top.is_dir() else []
+        paths = [Path(path).relative_to(top) for path in found]
         parts.append([(top / path, (path.parent.parts or ".")[0]) for path in paths])
     train, val = ({name for _, name in part} for part in parts)
     classes, alone = sorted(train | val), sorted(train ^ val)

@@ -50,16 +50,16 @@ def read_image(source, short=None):
         raise InputError(f"{source} is not a readable image: {one_line(error)}") from None
 
 
-def find_images(folder):
+def find_images(folder, masks=MASK_FOLDERS):
     """Sorted paths of all images below a folder. It prints what it found and what it left out: dot
-    names, MASK_FOLDERS, folders of our runs, circular links, unreadable folders."""
+    names, folders of masks, folders of our runs, circular links, unreadable folders."""
     found, left_out = [], []
     for top, folders, files in os.walk(folder, followlinks=True,
                                        onerror=lambda error: left_out.append(str(error))):
         for name in [*folders]:
             path = Path(top, name)
             circle = os.path.realpath(path) in map(os.path.realpath, path.parents)
-            if (circle or name in MASK_FOLDERS or name.startswith(".")
+            if (circle or name in masks or name.startswith(".")
                     or os.path.exists(path / "run.json")):
                 folders.remove(name)
                 left_out.append(str(path))
@@ -77,8 +77,11 @@ def find_images(folder):
 
 def names(source):
     """The real paths of the photos of a list. The demo's images have none."""
-    return [os.path.realpath(item[0] if isinstance(item, tuple) else item)
-            for item in (source if isinstance(source, list) else ())]
+    folder = lru_cache(os.path.realpath)                # once each: a million photos take minutes
+    paths = [item[0] if isinstance(item, tuple) else item
+             for item in (source if isinstance(source, list) else ())]
+    return [os.path.realpath(path) if os.path.islink(path) else
+            os.path.join(folder(os.path.dirname(path)), os.path.basename(path)) for path in paths]
 
 
 def refuse_shared(train, held_out):

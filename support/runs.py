@@ -275,7 +275,7 @@ class Progress:
         """-> (step, batch), from the first step that is not done yet. It saves when due and at the
         end. A signal to any process ends all processes after the same step."""
         Progress.now, batches, stop = self, iter(batches), 0
-        self.told = time.perf_counter(), self.step, self.images
+        self.printed = time.perf_counter(), self.step, self.images
         with suppress(AttributeError, ValueError):      # torch's handler would raise in an update
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)   # when a worker dies; so next() does
         while self.step < self.args.steps:
@@ -302,7 +302,7 @@ class Progress:
         loss = mean_over_processes(torch.tensor(loss, dtype=torch.float64)).item()
         if not math.isfinite(loss):
             raise InputError(f"the loss is {loss} at step {self.updating}: try a lower --lr")
-        now, (then, step, images), steps = time.perf_counter(), self.told, self.args.steps
+        now, (then, step, images), steps = time.perf_counter(), self.printed, self.args.steps
         self.step, self.updating = self.updating, 0
         self.seconds += now - self.start
         self.times.append(now - self.start)
@@ -313,7 +313,7 @@ class Progress:
             print(f"step {self.step}/{steps}  loss {loss:.4f}  lr {row.get('lr', 0):.1e}  "
                   f"{(self.images - images) / (now - then):.3g} images/s  {left} left",
                   end="   \r" if terminal and not over else "\n", file=sys.stderr, flush=True)
-            self.told = now, self.step, self.images
+            self.printed = now, self.step, self.images
 
     def log(self, **row):
         """Add to this step's row of the log, such as a held-out score."""
@@ -394,7 +394,7 @@ def explain(error):
     if isinstance(error, Stopped):
         return f"stopped by {signal.Signals(error.args[0]).name}"
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in text:
-        text = "out of memory: try a lower --batch-size or --size, or --recompute"
+        text = "out of memory: try a lower --batch-size or --size; stages 2 and 3 have --recompute"
     elif WORLD > 1 and ("gloo" in text or isinstance(error, dist.DistError)):
         text = "another process ended"
     elif isinstance(error, (ConnectionError, EOFError)) or "DataLoader worker" in str(error):

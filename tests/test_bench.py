@@ -135,6 +135,10 @@ def test_modes_stand_in_one_table_with_ratios_in_the_same_mode(
     consistent(rows)
     found = {(row["mode"], row["name"], row["tokens"]) for row in rows}
     wanted = {*itertools.product(bench.MODES, usual, tokens)}
+    if part == "attention":             # of 320 tokens a grid of 17 x 17, where it runs twice
+        costs = {(row["name"], row["tokens"]): row["gflops"] for row in rows}
+        near, far = (costs["linear_conv", n] - costs["linear", n] for n in tokens)
+        assert far / near == pytest.approx(2 * 17 ** 2 / 8 ** 2, rel=1e-2)
     # Compiled, written-out softmax would become "softmax".
     assert found == {row for row in wanted if row[:2] != ("compiled", "softmax_reference")}
 

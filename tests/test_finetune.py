@@ -42,7 +42,9 @@ def rows_of(out):
 
 
 def head_of(checkpoint, task):
-    return finetune.load_head(make_head(ARCH, task, 2), load_vit(checkpoint), checkpoint)
+    head = make_head(ARCH, task, 2)
+    head.load_state_dict(load_vit(checkpoint).head)
+    return head
 
 
 def test_the_demo_runs_without_data(tmp_path, monkeypatch):
@@ -123,7 +125,7 @@ def test_a_standardised_head_reads_mean_0_and_variance_1_and_does_the_same():
     features = 3 + seeded(50, 8, dtype=torch.float64) * torch.logspace(-0.5, 0.5, 8).double()
     head = nn.Linear(8, 3).double()
     logits = head(features)
-    both = standardised(head, features, kept=True)
+    both = standardised(head, features, its_own=True)
     read = both[0](features)
     torch.testing.assert_close(both(features), logits)
     torch.testing.assert_close(read.mean(0), torch.zeros(8).double(), atol=1e-6, rtol=0)
@@ -327,6 +329,8 @@ def test_steps_0_scores_a_kept_head_of_its_kind_at_its_size(files, tmp_path, fre
     call(finetune, "--weights", file, "--predict", files / "segment/val/images", "--out",
          tmp_path / "predicted")
     assert len(list((tmp_path / "predicted/masks").iterdir())) == 5
+    assert "a new head, its own has another operator" in tune(
+        files, tmp_path / "conv", "segment", "--freeze", "--weights", f"{file}:linear_conv")
 
 
 def test_head_and_size_of_a_tuned_teacher_go_along_with_its_student(files, tmp_path):
@@ -339,8 +343,14 @@ def test_head_and_size_of_a_tuned_teacher_go_along_with_its_student(files, tmp_p
     call(align_features, *photos, "--student", one / "student.safetensors", "--out", two)
     call(align_features, *photos, "--out", tmp_path / "alone")
     assert load_vit(tmp_path / "alone/student.safetensors").header["stage"] == "features"
-    call(finetune, "--weights", two / "student.safetensors", "--data", files / "classify", *flags,
-         0, "--freeze", "--out", tmp_path / "three")
+    again = "--student", two / "student.safetensors", "--out", tmp_path / "again"
+    call(align_attention, *photos, *again)
+    stage = load_vit(tmp_path / "again/student.safetensors").header["stage"]
+    assert stage == "attention+features+attention"
+    task = "--weights", two / "student.safetensors", "--data", files / "classify", *flags
+    call(finetune, *task, 1, "--from-scratch", "--out", tmp_path / "scratch")
+    assert rows_of(tmp_path / "scratch")[0]["size"] == 16
+    call(finetune, *task, 0, "--freeze", "--out", tmp_path / "three")
     (row,) = rows_of(tmp_path / "three")
     assert row["size"] == 16 and row["kept_head"] and row["stage"] == "attention+features"
     assert same(head_of(row["checkpoint"], "classify"), head_of(tuned, "classify"))

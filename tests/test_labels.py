@@ -143,11 +143,11 @@ def photos(top, folders):
 
 
 def test_a_class_in_one_part_only_is_named_and_bad_held_out_photos_are_refused(tmp_path, capsys):
-    data = photos(tmp_path, "train/cat train/owl/a/b val/cat val/dog")
+    data = photos(tmp_path, "train/cat train/masks/a/b val/cat val/dog")
     train, val, classes, ids = load_data(data, "classify")
-    assert classes == ["cat", "dog", "owl"] and ids == [0, 1, 2]
+    assert classes == ["cat", "dog", "masks"] and ids == [0, 1, 2]
     assert [label for _, label in train] == [0, 2] and [label for _, label in val] == [0, 1]
-    assert "in train or in val: dog, owl" in capsys.readouterr().out
+    assert "in train or in val: dog, masks" in capsys.readouterr().out
     for path, _ in (*val, train[0]):                    # training leaves them out
         path.write_bytes(b"junk")
     says = refusal(load_data, data, "classify")
