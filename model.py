@@ -113,8 +113,8 @@ class LinearConv(Operator):
     def spread(self, x, step, share):
         """x (B, C, rows, columns) -> `share` of its convolution, taps `step` patches apart."""
         weight = share * self.conv.weight
-        if step > 1 and x.is_cpu and torch.is_grad_enabled():
-            x = widen(x)                # oneDNN's bfloat16 gradient is wrong (torch 2.11 and 2.14)
+        if x.is_cpu and torch.is_grad_enabled():        # torch 2.11 to 2.14: oneDNN's bfloat16
+            x = widen(x)                # gradient is slow, and wrong of taps further apart
         with torch.autocast(x.device.type, enabled=False):
             return F.conv2d(x, weight.to(x.dtype), padding="same", dilation=step, groups=x.shape[1])
 
