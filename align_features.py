@@ -230,8 +230,8 @@ def main(argv=None):
         if step % args.every == 0:
             progress.log(held_out=measure(student, few)["whitened_error"])
 
-    alone = student.header.get("stage") in (None, "features")       # without stage 1
-    stage = "features" if alone else "attention+features"
+    stage = student.header.get("stage", "features")
+    stage = stage if stage.endswith("features") else f"{stage}+features"
     facts = student.header | dict(stage=stage, teacher=digest, size=args.size, training={
         key: getattr(args, key) for key in ("loss", "size", "steps", "batch_size", "lr", "seed")})
     save_vit(student, out / "student.safetensors", **facts)

@@ -4,8 +4,8 @@
     python bench.py model           # whole ViTs, 224 to 2,048 pixels
     ADALA_KERNEL=plain python bench.py model        # linear without its GPU kernel
 
-Weights and images are random. Students are as if aligned at the fewest pixels. Ratios are to fused
-softmax. Modes: eager, and compiled block by block. At batch 1 a GPU may wait for launches.
+Weights and images are random. Students are as if aligned at the fewest pixels or tokens. Ratios are
+to fused softmax. Modes: eager, and compiled block by block. At batch 1 a GPU may wait for launches.
 
 Writes bench-DEVICE-PART-DTYPE.csv to --out after every point, and replaces nothing: the next run
 writes ...-1.csv. results/bench_picture.py draws it. Calls take turns, each timed after an untimed
@@ -69,7 +69,7 @@ def parse(argv):
     flag("--batch-size", type=int, nargs="+", default=[1], help="(default: 1)")
     flag("--points", type=int, nargs="+", help="tokens in part attention, else pixels (default: "
          "256 to 65536 tokens, 224 to 2048 pixels; with --quick the first three)")
-    flag("--out", default="results", help="folder to write (default: results)")
+    flag("--out", default="runs/bench", help="folder to write (default: runs/bench)")
     args = parser.parse_args(argv)
     args.heads = args.heads or [6, 16][:1 if args.quick else None]
     args.models = args.models or [*MODELS][:1 if args.quick else None]

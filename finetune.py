@@ -250,7 +250,8 @@ def begin_row(spec, args, classes, ids):
     head = make_head(vit.arch, args.task, len(classes), args.head, vit.attention)
     wanted = dict(task=args.task, classes=classes, ids=ids, head_kind=args.head)
     other = [key for key, value in wanted.items() if vit.header.get(key) != value]
-    other = other or ["operator"] * (vit.head.keys() != head.state_dict().keys())   # mask head's
+    shapes = [{key: x.shape for key, x in part.items()} for part in (vit.head, head.state_dict())]
+    other = other or ["operator"] * (shapes[0] != shapes[1])            # a mask head's
     if not other:
         head.load_state_dict(vit.head)
     if "classes" in vit.header:
@@ -390,11 +391,12 @@ def fine_tune(spec, args, data, out, saved, kept, device, dtype):
         if trained is not head:
             fold(*trained)
 
-    facts = dict(task=task, classes=classes, ids=ids, size=args.size, frozen=args.freeze,
-                 seed=args.seed, head_kind=args.head)
+    facts = dict(task=task, classes=classes, ids=ids, size=args.size, seed=args.seed,
+                 head_kind=args.head,
+                 frozen=args.freeze if args.steps else vit.header.get("frozen", False))
     i = len(kept["rows"])
     checkpoint = out / f"{i}-{task}.safetensors"
-    save_vit(vit, checkpoint, head, stage=f"{stage}+finetune", **facts)
+    save_vit(vit, checkpoint, head, stage=stage + "+finetune" * (args.steps > 0), **facts)
     vit.eval()
     percent, per_class, _ = score(None, head, seen) if args.freeze else score(vit, head, held_out)
     kept["rows"].append(dict(
@@ -483,20 +485,19 @@ def main(argv=None):
     source, val_source, classes, ids = data = load_data(args.data, args.task, args.ignore)
     for spec in args.weights if args.steps == 0 else ():
         if not begin_row(spec, args, classes, ids)[-1]:
-            raise InputError(f"--steps 0 only scores, but {spec} has no head for these classes")
+            raise InputError(f"--steps 0 only scores, but {spec} has no head that fits")
     read = [weights_file(file)[0] for file in files]
     out, saved = open_out(args, [*read, args.data], names(source), names(val_source))
+    how = f"{'frozen' if args.freeze else 'tuned'} backbone" if args.steps else "nothing trained"
     print(f"{args.task}: {len(source)} images of {args.size} pixels, {len(val_source)} held out, "
-         f"{len(classes)} classes, {'head alone' if args.freeze else 'head and backbone'}, "
-         f"{device}, {dtype}")
+         f"{len(classes)} classes, {how}, {device}, {dtype}")
     kept = saved["kept"] if saved else dict(rows=[])
     for spec in args.weights[len(kept["rows"]):]:
         progress = fine_tune(spec, args, data, out, saved, kept, device, dtype)
         saved = None                                    # it was of the row that had been stopped
     progress.finish()
     rows = kept["rows"]
-    print(f"\n{rows[0]['metric']} on {len(val_source)} held-out images, "
-         f"{'frozen' if args.freeze else 'tuned'} backbone, seed {args.seed}")
+    print(f"\n{rows[0]['metric']} on {len(val_source)} held-out images, {how}, seed {args.seed}")
     print(f"{' score':7s} attention   stage                weights")
     for row in rows:
         print(f"{row['score']:6.2f}  {row['attention']:11s} {row['stage']:20s} {row['weights']}")

@@ -113,8 +113,8 @@ class LinearConv(Operator):
     def spread(self, x, step, share):
         """x (B, C, rows, columns) -> `share` of its convolution, taps `step` patches apart."""
         weight = share * self.conv.weight
-        if x.is_cpu and torch.is_grad_enabled():        # torch 2.11 to 2.14: oneDNN's bfloat16
-            x = widen(x)                # gradient is slow, and wrong of taps further apart
+        if x.is_cpu and torch.is_grad_enabled():        # oneDNN's bfloat16 gradient is slow, and
+            x = widen(x)                # wrong of taps further apart (torch 2.11 and 2.14)
         with torch.autocast(x.device.type, enabled=False):
             return F.conv2d(x, weight.to(x.dtype), padding="same", dilation=step, groups=x.shape[1])
 

@@ -99,7 +99,7 @@ def tables():
             "teacher", "linear_conv, no alignment", "linear, 640 + 0", "linear, 640 + 320",
             "linear_conv, 0 + 320 at 2e-4", "linear_conv, 640 + 0", "linear_conv, 640 + 640",
             "linear_conv, 640 + 640 at 2e-5", "linear_conv, random weights"], tuned),
-        scores("tuned-first-cpu-112.csv", [
+        scores("tuned-first-cpu.csv", [
             "teacher", "linear, 320 + 0", "linear, 320 + 320", "linear_conv, 320 + 0",
             "linear_conv, 320 + 320"], {
             "own-head 0": "mIoU, the teacher's head", "segment 0": "frozen, 400 steps more",

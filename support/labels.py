@@ -97,7 +97,8 @@ def by_class(data):
     """train/CLASS/ and val/CLASS/ -> [(photo, label), ...] of each part, class names."""
     parts = []
     for top in (Path(data, "train"), Path(data, "val")):
-        found = find_images(top, ()) if top.is_dir() else []
+        own = not (top / "images").is_dir()             # else "masks" is a layout's, no class
+        found = find_images(top, classes=own) if top.is_dir() else []
         paths = [Path(path).relative_to(top) for path in found]
         parts.append([(top / path, (path.parent.parts or ".")[0]) for path in paths])
     train, val = ({name for _, name in part} for part in parts)

@@ -50,17 +50,20 @@ def read_image(source, short=None):
         raise InputError(f"{source} is not a readable image: {one_line(error)}") from None
 
 
-def find_images(folder, masks=MASK_FOLDERS):
+def find_images(folder, classes=False):
     """Sorted paths of all images below a folder. It prints what it found and what it left out: dot
-    names, folders of masks, folders of our runs, circular links, unreadable folders."""
+    names, MASK_FOLDERS, folders of our runs, circular links, unreadable folders. classes: the
+    folders in `folder` are classes, whatever their names."""
     found, left_out = [], []
+    if not os.path.isdir(folder):
+        raise InputError(f"{folder}: there is no such folder")
     for top, folders, files in os.walk(folder, followlinks=True,
                                        onerror=lambda error: left_out.append(str(error))):
         for name in [*folders]:
             path = Path(top, name)
             circle = os.path.realpath(path) in map(os.path.realpath, path.parents)
-            if (circle or name in masks or name.startswith(".")
-                    or os.path.exists(path / "run.json")):
+            masks = name in MASK_FOLDERS and not (classes and path.parent == Path(folder))
+            if circle or masks or name.startswith(".") or os.path.exists(path / "run.json"):
                 folders.remove(name)
                 left_out.append(str(path))
         for name in filter(is_image_file, files):

@@ -325,6 +325,8 @@ def test_steps_0_scores_a_kept_head_of_its_kind_at_its_size(files, tmp_path, fre
     assert not first["kept_head"]
     assert not moved(*(read_weights(one["checkpoint"])[0] for one in (first, rows[0])))
     assert rows[0]["size"] == 16 and rows[1]["attention"] == "softmax"
+    assert rows[0]["stage"] == load_vit(rows[0]["checkpoint"]).header["stage"] == "none+finetune"
+    assert rows[0]["frozen"] == bool(freeze)
     assert rows[0]["score"] == pytest.approx(first["score"], abs=1 if freeze else 1e-9)
     call(finetune, "--weights", file, "--predict", files / "segment/val/images", "--out",
          tmp_path / "predicted")

@@ -155,7 +155,8 @@ def test_a_class_in_one_part_only_is_named_and_bad_held_out_photos_are_refused(t
 
 
 @pytest.mark.parametrize("folders", (
-    "train/a val/a", "train/a train/b", "a b", "train train/a train/b val/a val/b"))
+    "train/a val/a", "train/a train/b", "a b", "train train/a train/b val/a val/b",
+    "train/images train/masks val/images val/masks"))
 def test_folders_without_common_classes_or_with_photos_of_none_are_refused(tmp_path, folders):
     assert "classes" in refusal(load_data, photos(tmp_path, folders), "classify")
     assert "there is no such folder" in refusal(load_data, str(tmp_path / "typo"), "classify")
