@@ -225,7 +225,7 @@ def evaluate(vit, head, batches, task, classes, device, dtype=torch.float32):
 
 def load_backbone(spec, args):
     """FILE, NAME or NAME=FILE, each may end in :OPERATOR -> (ViT, spec without :OPERATOR, stages
-    that it went through)."""
+    that it went through). Where args.size is None, it becomes the file's."""
     name, _, operator = spec.rpartition(":")
     name, operator = (name, operator) if name and operator in ATTENTION else (spec, None)
     vit = load_vit(name)
