@@ -7,7 +7,7 @@
 # (random weights, only for PARTS that tune). PHOTOS are to align on, PROBE to classify, VOC to
 # segment. STEPS of 32 photos are of stage 1, TWO of stage 2, TUNED of tuning; RATE is of stage 2.
 # PARTS: classify, segment, mask (frozen), larger (the head of segment at 2 SIZE and 3 SIZE),
-# tune-classify, tune-segment. Other settings need another folder OUT.
+# tune-classify, tune-segment, tune-mask. Other settings need another folder OUT.
 set -euo pipefail
 SIZE=${SIZE:-224} STEPS=${STEPS:-640} TWO=${TWO:-$STEPS} TUNED=${TUNED:-400}
 PARTS=${PARTS-classify segment larger tune-classify tune-segment}
@@ -51,5 +51,6 @@ for part in $PARTS; do
             done ;;
         tune-classify) score $part classify $PROBE --steps $TUNED ;;
         tune-segment) score $part segment $VOC --steps $TUNED ;;
+        tune-mask) score $part segment $VOC --steps $TUNED --head mask ;;
     esac
 done

@@ -354,16 +354,6 @@ class Progress:
 
 
 # ---- The end, whatever brings it
-class Screen(io.FileIO):
-    """stdout or stderr that cannot end a run: text for a closed or broken one is lost."""
-
-    def write(self, data):
-        try:
-            return super().write(data)
-        except OSError:
-            return len(data)
-
-
 def show(draw, *args, **more):
     """Call a function that draws a picture. If it fails, a line says so, and the run goes on."""
     try:
@@ -409,12 +399,10 @@ def run(main):
     with suppress(AttributeError, OSError, ValueError):     # Windows has no limit; some are fixed
         hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]    # workers send tensors as open files
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    null = 0
-    while null < 3:             # if stdout is closed, none of our files gets its number
-        null = os.open(os.devnull, os.O_RDWR)
-    sys.stdout, sys.stderr = (io.TextIOWrapper(
-        io.BufferedWriter(Screen(number, "w", closefd=False)), errors="backslashreplace",
-        line_buffering=True) for number in (null if RANK else 1, 2))
+    if RANK > 0:
+        sys.stdout = open(os.devnull, "w")
+    for stream in filter(None, (sys.stdout, sys.stderr)):       # names of files may be no UTF-8
+        stream.reconfigure(errors="backslashreplace", line_buffering=True)
     for number in (signal.SIGINT, signal.SIGTERM):      # a parent process may have them ignored
         signal.signal(number, on_signal)
     code = 0
