@@ -82,7 +82,7 @@ def test_what_is_listed_and_what_is_left_out_are_said(tmp_path, capsys):
     (top / "deep/up").symlink_to(top)                   # one circle: without end, not without time
     found = find_images(top)
     assert found == sorted(str(top / name) for name in (*kept, "link/e.jpg"))
-    _, left_out = capsys.readouterr().out.split("; left out 5: ")
+    _, left_out = capsys.readouterr().err.split("; left out 5: ")
     assert left_out == ", ".join(f"{top / name}" for name in (
         "._a.jpg", ".ipynb", "deep/up", "masks", "run")) + "\n"
     assert len(find_images(top / "masks")) == 1         # what is given itself is read
