@@ -98,7 +98,8 @@ def tables():
         scores("study-cpu-112.csv", [
             "teacher", "linear_conv, no alignment", "linear, 640 + 0", "linear, 640 + 320",
             "linear_conv, 0 + 320 at 2e-4", "linear_conv, 640 + 0", "linear_conv, 640 + 640",
-            "linear_conv, 640 + 640 at 2e-5", "linear_conv, random weights"], tuned),
+            "linear_conv, 640 + 640 at 2e-5", "linear_conv, random weights"],
+            tuned | {"tune-mask 0": "the same, mask head"}),
         scores("tuned-first-cpu.csv", [
             "teacher", "linear, 320 + 0", "linear, 320 + 320", "linear_conv, 320 + 0",
             "linear_conv, 320 + 320"], {
