@@ -64,8 +64,8 @@ def parse(argv):
          help="of weights (default: auto, half precision where the device has it)")
     flag("--heads", type=int, nargs="+", help="part attention (default: 6 16)")
     flag("--models", choices=MODELS, nargs="+", help="part model (default: all)")
-    flag("--operators", choices=ATTENTION, nargs="+", default=usual,
-         help=f"part model (default: {' '.join(usual)})")
+    flag("--operators", choices=ATTENTION, nargs="+",
+         help=f"(default: all, in part model {' '.join(usual)})")
     flag("--batch-size", type=int, nargs="+", default=[1], help="(default: 1)")
     flag("--points", type=int, nargs="+", help="tokens in part attention, else pixels (default: "
          "256 to 65536 tokens, 224 to 2048 pixels; with --quick the first three)")
@@ -73,6 +73,7 @@ def parse(argv):
     args = parser.parse_args(argv)
     args.heads = args.heads or [6, 16][:1 if args.quick else None]
     args.models = args.models or [*MODELS][:1 if args.quick else None]
+    args.operators = args.operators or (usual if args.part == "model" else [*ATTENTION])
     args.points = args.points or POINTS[args.part][:3 if args.quick else None]
     args.compile = "compiled" in args.mode
     if min(*args.heads, *args.batch_size, *args.points) < 1:
@@ -82,11 +83,11 @@ def parse(argv):
 
 
 # ---- The operators alone
-def operators(heads, grid, device, dtype, side=None):
+def operators(names, heads, grid, device, dtype, side=None):
     """{name: Operator} as a block with these heads builds them, aligned on side x side patches."""
     arch = Architecture(heads * HEAD_DIM, 1, heads, 4 * heads * HEAD_DIM, 14, grid, aligned=side)
-    return {name: make(arch).to(device, dtype).eval().requires_grad_(False)
-            for name, make in ATTENTION.items()}
+    return {name: ATTENTION[name](arch).to(device, dtype).eval().requires_grad_(False)
+            for name in names}
 
 
 def projected(batch, heads, tokens, device, dtype):
@@ -126,9 +127,8 @@ def peak_memory(call, device):
 def count_flops(call):
     """Operations in the matrix products of a call that makes its own inputs, on tensors without
     memory, and so of any size. On a CPU, where no kernel of ours hides its products."""
-    # by MATH: the fused kernel counts as 0 on a CPU
     with FakeTensorMode(allow_non_fake_inputs=True), sdpa_kernel(SDPBackend.MATH), \
-            FlopCounterMode(display=False) as counter:
+            FlopCounterMode(display=False) as counter:  # MATH: the fused kernel would count as 0
         call()
     return counter.get_total_flops()
 
@@ -188,11 +188,12 @@ def attention_points(args, device, dtype):
         facts = {"heads": heads, "batch": batch, "tokens": tokens}
         grid, calls = (math.isqrt(tokens),) * 2, {}     # tokens beyond a square are prefix
         q, k, v = projected(batch, heads, tokens, device, dtype)
+        build = partial(operators, args.operators, heads, grid)
         counted = {name: lambda operator=operator: operator(
             *projected(batch, heads, tokens, "cpu", dtype), grid)
-            for name, operator in operators(heads, grid, "cpu", dtype, side).items()}
+            for name, operator in build("cpu", dtype, side).items()}
         for mode in args.mode:
-            for name, operator in operators(heads, grid, device, dtype, side).items():
+            for name, operator in build(device, dtype, side).items():
                 if mode == "compiled" and name == WRITTEN_OUT:
                     continue
                 if mode == "compiled":
@@ -248,7 +249,6 @@ def main(argv=None):
     os.makedirs(args.out, exist_ok=True)
     path = unused(args.out, f"bench-{slug}-{args.part}-{kind}{'-quick' * args.quick}")
     path.touch(exist_ok=False)                          # before hours of work: can it be written?
-    Stopped.left = f"the rows that were measured are in {path}"
     kernel = "ADALA_KERNEL=plain " if os.environ.get("ADALA_KERNEL") == "plain" else ""
     same = {"part": args.part, "pass": "forward", "head_dim": HEAD_DIM, "dtype": kind,
             "ratio_to": BASE, "device": f"{chip}, {torch.get_num_threads()} threads",
@@ -275,6 +275,7 @@ def main(argv=None):
             table.writerow(text)
             print(*(f"{key} {text[key]}" for key in COLUMNS if key in row.keys() - same))
         write_whole(path, sheet.getvalue().encode())     # after every point: nothing is lost
+        Stopped.left = f"the rows that were measured are in {path}"
     print(f"wrote {path}")
 
 

@@ -462,7 +462,7 @@ def predict(args, device, dtype):
             image.putpalette((PALETTE * 255).byte().flatten().tolist())
             write_whole(target, partial(image.save, format="png"))
             print(f"{path}\t{', '.join(classes[value] for value in mask.unique())}\t{target}")
-        except (InputError, OSError) as error:
+        except InputError as error:
             print(f"left out: {error}", file=sys.stderr)
             failed.append(str(path))
     named = [path for path in failed if path in map(str, map(Path, args.predict))]

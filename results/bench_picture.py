@@ -11,6 +11,8 @@ target, *tables = sys.argv[1:] if len(sys.argv) > 2 else sys.exit(__doc__)
 groups = {}                                             # {title: rows of a column}
 for path in tables:
     for row in csv.DictReader(open(path, newline="")):
+        if not row.get("pixels"):
+            sys.exit(f"{path} is no table of bench.py's part model")
         title = "{model} batch {batch} {dtype} {mode}\n{device}, torch {torch}".format(**row)
         groups.setdefault(title, []).append(row)
 figure = Figure((5 * len(groups), 7), layout="constrained")

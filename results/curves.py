@@ -10,6 +10,8 @@ except ModuleNotFoundError:
     sys.exit("curves.py needs matplotlib: pip install matplotlib")
 
 target, *runs = sys.argv[1:] if len(sys.argv) > 2 else sys.exit(__doc__)
+if Path(target).is_dir() or not all(Path(run, "log.jsonl").exists() for run in runs):
+    sys.exit(f"expected a picture to write, then folders with a log.jsonl, found {target} {runs}")
 figure = Figure((8, 4), layout="tight")
 axis = figure.subplots()
 axis.set(xlabel="step", ylabel="training loss, mean of 10 steps", yscale="log")

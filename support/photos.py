@@ -74,7 +74,8 @@ def find_images(folder, classes=False):
         line += f"; left out {len(left_out)}: {', '.join(sorted(left_out)[:8])}"
     if not found:
         raise InputError(line)
-    print(line, file=sys.stderr)                        # stdout has the table of --predict
+    if RANK == 0:
+        print(line, file=sys.stderr)                    # stdout has the table of --predict
     return sorted(found)
 
 

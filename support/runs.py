@@ -107,7 +107,7 @@ def claim(out, told):
             raise InputError(f"--out {out} holds an earlier run and cannot be renamed: name "
                              "another, or a folder in it") from None
         why = f" (stopped; {'; '.join(changed)})" if stopped else ""
-        print(f"--out {out}: an earlier run was there, now in {aside}{why}")
+        print(f"--out {out}: an earlier run was there, now in {aside}{why}", file=sys.stderr)
         return claim(out, told)
     write_whole(mark, told)
 
@@ -387,7 +387,7 @@ def explain(error):
         text = "out of memory: try a lower --batch-size or --size; stages 2 and 3 have --recompute"
     elif WORLD > 1 and ("gloo" in text or isinstance(error, dist.DistError)):
         text = "another process ended"
-    elif isinstance(error, (ConnectionError, EOFError)) or "DataLoader worker" in str(error):
+    elif isinstance(error, (ConnectionResetError, EOFError)) or "DataLoader worker" in str(error):
         text = f"a worker that loads photos failed: try fewer --workers, or 0 ({text})"
     elif not isinstance(error, OSError):
         traceback.print_exception(error)
@@ -399,10 +399,13 @@ def run(main):
     with suppress(AttributeError, OSError, ValueError):     # Windows has no limit; some are fixed
         hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]    # workers send tensors as open files
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    if RANK > 0:
-        sys.stdout = open(os.devnull, "w")
-    for stream in filter(None, (sys.stdout, sys.stderr)):       # names of files may be no UTF-8
-        stream.reconfigure(errors="backslashreplace", line_buffering=True)
+    while os.open(os.devnull, os.O_RDWR) < 3:           # no file of ours becomes stdout or stderr
+        pass
+    null = open(os.devnull, "w")
+    sys.stdout, sys.stderr = null if RANK else sys.stdout or null, sys.stderr or null
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(AttributeError):                  # a notebook's has no such method
+            stream.reconfigure(errors="backslashreplace", line_buffering=True)      # odd names
     for number in (signal.SIGINT, signal.SIGTERM):      # a parent process may have them ignored
         signal.signal(number, on_signal)
     code = 0
@@ -419,7 +422,8 @@ def run(main):
         left = f" ({Stopped.left})" if Stopped.left else ""
         code = 128 + error.args[0] if isinstance(error, Stopped) else 1
         if RANK == 0 or code == 1:
-            print(f"{Path(sys.argv[0]).name}: {explain(error)}{left}", file=sys.stderr)
+            with suppress(OSError):                     # stderr may be a pipe that nobody reads
+                print(f"{Path(sys.argv[0]).name}: {explain(error)}{left}", file=sys.stderr)
         if WORLD > 1:
             time.sleep(1)                               # the others still receive what it has sent
             os._exit(code)                              # and it waits for none of them

@@ -43,7 +43,7 @@ def table(out, part, *words):
 
 
 def flops(name, tokens):
-    operator = bench.operators(3, (1, tokens), *CPU)[name]
+    operator = bench.operators([name], 3, (1, tokens), *CPU)[name]
     return bench.count_flops(lambda: operator(*bench.projected(2, 3, tokens, *CPU), (1, tokens)))
 
 

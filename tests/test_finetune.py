@@ -7,6 +7,7 @@ import json
 import math
 import shutil
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -396,6 +397,14 @@ def test_predict_names_what_it_cannot_do_and_does_the_rest(files, tuned, tmp_pat
     assert f"left out: {bad}" in err and f"{good}\t" in out
     said = refusal(finetune.main, [*words, str(bad), str(good)])
     assert f"not done: {bad}" in said and f"{good}\t" in capfd.readouterr().out
+
+
+def test_predict_ends_where_a_mask_cannot_be_written(files, tuned, tmp_path, monkeypatch):
+    """As on a full disk, which is no fault of the photos."""
+    monkeypatch.setattr(finetune, "write_whole", Mock(side_effect=OSError(28, "No space left")))
+    with pytest.raises(OSError, match="No space left"):
+        call(finetune, "--weights", tuned["segment"], "--predict", files / "segment/val/images",
+             "--out", tmp_path / "out")
 
 
 def test_predict_writes_the_masks_that_are_scored_in_their_colours(files, tuned, tmp_path):

@@ -20,6 +20,7 @@ import finetune
 import model
 from conftest import brief
 from demo import shapes
+from support.runs import InputError
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = {"align_attention.py": align_attention, "align_features.py": align_features,
@@ -109,7 +110,7 @@ def test_links_and_pictures_exist():
 
 def call_script(monkeypatch, name, *flags):
     monkeypatch.setattr(sys, "argv", [name, *map(str, flags)])
-    runpy.run_path(ROOT / "results" / name)
+    runpy.run_path(ROOT / "results" / name)["main"]()
 
 
 def test_agreement_over_sizes_begins_with_what_stage_2_measured(files, chain, monkeypatch, capsys):
@@ -131,6 +132,12 @@ def test_pairs_score_as_stage_3_and_a_pair_of_one_does_not_differ(files, tmp_pat
     score = json.loads((tmp_path / "a/metrics.json").read_text())[0]["score"]
     assert (f"one {score:.2f}, two {score:.2f}, difference +0.00, standard error 0.00"
             in capsys.readouterr().out)
+    for part in ("train", "val"):
+        shutil.copytree(files / "classify" / part / "blue", tmp_path / "data" / part / "cat")
+        shutil.copytree(files / "classify" / part / "red", tmp_path / "data" / part / "dog")
+    with pytest.raises(InputError, match="has the classes"):
+        call_script(monkeypatch, "pairs.py", "--data", tmp_path / "data", "--one", file, "--two",
+                    file)
 
 
 def test_imports_go_one_way():

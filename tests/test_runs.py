@@ -293,9 +293,10 @@ def test_a_state_that_is_cut_or_holds_code_is_named_in_one_line(tmp_path):
     assert refused() and not (tmp_path / "evil").exists()
 
 
-def test_a_command_runs_alone_whatever_another_launcher_set(tmp_path):
-    command, env = [sys.executable, __file__, "--out", tmp_path / "out"], os.environ.copy()
-    assert subprocess.run(command, env=env | dict(RANK="3", WORLD_SIZE="8")).returncode == 0
+def test_a_command_without_stdout_and_stderr_runs_alone_whatever_another_launcher_set(tmp_path):
+    command = f'exec "{sys.executable}" "{__file__}" --workers 1 --out "{tmp_path}/out" >&- 2>&-'
+    env = os.environ | dict(RANK="3", WORLD_SIZE="8")
+    assert subprocess.run(["bash", "-c", command], env=env).returncode == 0
     assert len(log_of(tmp_path / "out")) == STEPS and net_of(tmp_path / "out")
 
 
