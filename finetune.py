@@ -40,7 +40,7 @@ from support.runs import parse_args, run, show, warmup_cosine, widen, write_whol
 
 DEFAULTS = dict(steps=2000, batch_size=32)
 DEMO = dict(size=64, steps=300, batch_size=64)              # without --data
-PREDICT = dict(steps=0, batch_size=1)
+PREDICT = dict(steps=0, batch_size=1, compile=False)
 ABLATION = ["demo/teacher.safetensors", "demo/teacher.safetensors:linear",
             "runs/attention/student.safetensors", "runs/features/student.safetensors"]
 RATE, SCRATCH_RATE = 3e-5, 1e-4             # peaks: of a tuned backbone; of one from random weights

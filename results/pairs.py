@@ -26,14 +26,14 @@ def main():
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
     args = parser.parse_args(namespace=Namespace(compile=False))
     device, dtype = device_and_dtype(args)
-    vits = {file: load_vit(file) for file in args.one + args.two}
-    facts = {file: [vit.header.get(key) for key in ("task", "size", "classes", "ids")]
-             for file, vit in vits.items()}
-    task, size, *kinds = facts[args.one[0]]
-    for file, found in facts.items():
-        if found != [task, size, *kinds] or "head_kind" not in vits[file].header:
+    facts = []
+    for file in args.one + args.two:
+        header = load_vit(file).header
+        facts.append([header.get(key) for key in ("task", "size", "classes", "ids")])
+        if facts[-1] != facts[0] or "head_kind" not in header:
             raise InputError(f"{file}: expected a checkpoint of finetune.py, of the task, size and "
                              f"classes of {args.one[0]}")
+    task, size, *kinds = facts[0]
     _, items, classes, ids = load_data(args.data, task)
     if [classes, ids] != kinds:
         raise InputError(f"{args.data} has the classes {classes}, {args.one[0]} {kinds[0]}")
@@ -46,7 +46,7 @@ def main():
     both = []
     for files in (args.one, args.two):
         scores = []                                         # top-1 or mean IoU, a row a seed
-        for vit in map(vits.get, files):
+        for vit in map(load_vit, files):
             head = make_head(vit.arch, task, K, vit.header["head_kind"], vit.attention)
             head.load_state_dict(vit.head)
             vit, head = vit.to(device), head.to(device).eval()

@@ -354,6 +354,16 @@ class Progress:
 
 
 # ---- The end, whatever brings it
+class Screen(io.FileIO):
+    """stdout or stderr that cannot end a run: text for a closed or broken one is lost."""
+
+    def write(self, data):
+        try:
+            return super().write(data)
+        except OSError:
+            return len(data)
+
+
 def show(draw, *args, **more):
     """Call a function that draws a picture. If it fails, a line says so, and the run goes on."""
     try:
@@ -387,7 +397,7 @@ def explain(error):
         text = "out of memory: try a lower --batch-size or --size; stages 2 and 3 have --recompute"
     elif WORLD > 1 and ("gloo" in text or isinstance(error, dist.DistError)):
         text = "another process ended"
-    elif isinstance(error, (ConnectionResetError, EOFError)) or "DataLoader worker" in str(error):
+    elif isinstance(error, (ConnectionError, EOFError)) or "DataLoader worker" in str(error):
         text = f"a worker that loads photos failed: try fewer --workers, or 0 ({text})"
     elif not isinstance(error, OSError):
         traceback.print_exception(error)
@@ -399,13 +409,12 @@ def run(main):
     with suppress(AttributeError, OSError, ValueError):     # Windows has no limit; some are fixed
         hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]    # workers send tensors as open files
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    while os.open(os.devnull, os.O_RDWR) < 3:           # no file of ours becomes stdout or stderr
-        pass
-    null = open(os.devnull, "w")
-    sys.stdout, sys.stderr = null if RANK else sys.stdout or null, sys.stderr or null
-    for stream in (sys.stdout, sys.stderr):
-        with suppress(AttributeError):                  # a notebook's has no such method
-            stream.reconfigure(errors="backslashreplace", line_buffering=True)      # odd names
+    null = 0
+    while null < 3:             # if stdout is closed, none of our files gets its number
+        null = os.open(os.devnull, os.O_RDWR)
+    sys.stdout, sys.stderr = (io.TextIOWrapper(
+        io.BufferedWriter(Screen(number, "w", closefd=False)), errors="backslashreplace",
+        line_buffering=True) for number in (null if RANK else 1, 2))
     for number in (signal.SIGINT, signal.SIGTERM):      # a parent process may have them ignored
         signal.signal(number, on_signal)
     code = 0
@@ -422,8 +431,7 @@ def run(main):
         left = f" ({Stopped.left})" if Stopped.left else ""
         code = 128 + error.args[0] if isinstance(error, Stopped) else 1
         if RANK == 0 or code == 1:
-            with suppress(OSError):                     # stderr may be a pipe that nobody reads
-                print(f"{Path(sys.argv[0]).name}: {explain(error)}{left}", file=sys.stderr)
+            print(f"{Path(sys.argv[0]).name}: {explain(error)}{left}", file=sys.stderr)
         if WORLD > 1:
             time.sleep(1)                               # the others still receive what it has sent
             os._exit(code)                              # and it waits for none of them

@@ -108,6 +108,11 @@ def consistent(rows):
         assert row["ratio"] == close(row["median_ms"] / base["median_ms"])
 
 
+def test_part_attention_times_the_operators_that_are_named(tmp_path):
+    rows = table(tmp_path, "attention", "--quick", "--points", "64", "--operators", "linear")
+    assert [row["name"] for row in rows] == ["linear"]
+
+
 def test_part_model(tmp_path):
     names = "softmax_reference", "softmax", "linear", "linear_conv"
     rows = table(tmp_path, "model", "--quick", "--batch-size", "1", "2", "--points", "27", "55",
